@@ -1,0 +1,1 @@
+"""Aggregator: holds the global model and runs the rounds."""

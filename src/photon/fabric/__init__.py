@@ -1,0 +1,1 @@
+"""Fabric: how tasks reach nodes and replies come back."""

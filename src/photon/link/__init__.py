@@ -1,0 +1,1 @@
+"""Link: everything between an update and the wire."""

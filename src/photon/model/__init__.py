@@ -1,0 +1,1 @@
+"""The decoder that is trained, and the way in from and out to Hugging Face."""

@@ -1,0 +1,1 @@
+"""LLM Node: one owner's training site."""

@@ -41,3 +41,7 @@ class FabricError(PhotonError):
 
 class RoundFailedError(PhotonError):
     """Too few nodes answered before the deadline for the round to count."""
+
+
+class StoppedError(PhotonError):
+    """The user stopped a run; the text says how to go on."""

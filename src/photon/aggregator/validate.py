@@ -1,0 +1,84 @@
+"""Everything a reply claims is checked before it touches the merge.
+
+A refusal costs the node its contribution to this round and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from photon.aggregator.merge import MAX_ABS_UPDATE
+from photon.errors import ReplyRefusedError
+from photon.link.codecs import CODECS, Codec
+from photon.link.tensors import iterate_tensors
+from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingReport, expect_reply
+
+
+def verify_identity(sender: str, reply: Reply, task: Task) -> None:
+    """Raises ReplyRefusedError unless the reply answers this very task and comes from the node it was sent to."""
+    if sender != task.node or reply.node != task.node:
+        raise ReplyRefusedError(f"sent by {sender!r} in the name of {reply.node!r} for a task of {task.node!r}")
+    for field in ("run", "round", "base_sha256", "nonce"):
+        if getattr(reply, field) != getattr(task, field):
+            raise ReplyRefusedError(f"answers another task: its {field} is not the one that was asked for")
+    if reply.status == "failed":
+        raise ReplyRefusedError(f"the node reports: {reply.error or 'no reason given'}")
+
+
+def verify_training(message: Message, task: Task, tokens_per_step: int, base: Mapping[str, Tensor]) -> float:
+    """Check a train reply's report and update; returns the update's L2 norm.
+
+    Raises ReplyRefusedError or WireError. Reads the update once, tensor by tensor, holding one at a time.
+    """
+    reply = expect_reply(message)
+    report = training_report(reply)
+    if not 0 < report.steps <= task.tau:
+        raise ReplyRefusedError(f"claims {report.steps} steps of a task of {task.tau}")
+    if not 0 < report.tokens <= report.steps * tokens_per_step:
+        raise ReplyRefusedError(
+            f"claims {report.tokens} tokens in {report.steps} steps; it can train at most {tokens_per_step} per step"
+        )
+    codec = codec_of(reply)
+    seen: set[str] = set()
+    squares = 0.0
+    for name, wire in iterate_tensors(message.body):
+        if name not in base:
+            raise ReplyRefusedError(f"unknown tensor {name!r}")
+        seen.add(name)
+        delta = codec.decode(name, wire, base[name])
+        if not delta.numel():
+            continue
+        largest = float(delta.abs().max())
+        # NaN compares false with everything: ask for what is good, not for what is bad.
+        if not largest <= MAX_ABS_UPDATE:
+            raise ReplyRefusedError(f"tensor {name!r} holds {largest}: not finite, or beyond {MAX_ABS_UPDATE:g}")
+        squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+    if missing := sorted(set(base) - seen):
+        raise ReplyRefusedError(f"lacks {len(missing)} tensors, first {missing[0]!r}")
+    return float(squares**0.5)
+
+
+def training_report(reply: Reply) -> TrainingReport:
+    """The report of a train reply. Raises ReplyRefusedError if there is none."""
+    if reply.training is None:
+        raise ReplyRefusedError("carries no training report")
+    return reply.training
+
+
+def evaluation_report(reply: Reply) -> EvaluationReport:
+    """The report of an evaluate reply. Raises ReplyRefusedError if there is none or it counts nothing."""
+    report = reply.evaluation
+    if report is None or report.tokens < 1 or report.text_bytes <= 0:
+        raise ReplyRefusedError("carries no evaluation report")
+    return report
+
+
+def codec_of(reply: Reply) -> Codec:
+    """The codec a reply names. Raises ReplyRefusedError if this Photon does not know it."""
+    codec = CODECS.get(reply.codec)
+    if codec is None:
+        raise ReplyRefusedError(f"is written with codec {reply.codec!r}; known are {', '.join(CODECS)}")
+    return codec

@@ -1,0 +1,154 @@
+"""Files that are there whole or not at all, and numbered folders of them with hashes.
+
+The Aggregator keeps one such folder a round; each node keeps its own beside its text. A folder is written under a
+temporary name, flushed to the disk and renamed: a crash at any instant leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from photon.errors import StateError
+
+STATE_FILE = "state.json"
+_PENDING = ".pending-"
+_DIGITS = 6
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` so that a reader or a crash sees the old content or the new, never a part."""
+    pending = path.with_name(f"{_PENDING}{path.name}-{secrets.token_hex(4)}")
+    try:
+        _write_synced(pending, data.encode() if isinstance(data, str) else data)
+        pending.replace(path)
+        sync_folder(path.parent)
+    finally:
+        pending.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One numbered state, read and verified: its fields and the folder its files are in."""
+
+    number: int
+    folder: Path
+    fields: dict[str, Any]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file of this state."""
+        return (self.folder / name).read_bytes()
+
+
+class NumberedStates:
+    """Folders `000000`, `000001`, ... under `root`, each committed whole, each with hashes of its files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def numbers(self) -> list[int]:
+        """Numbers of all committed states, ascending. Leftovers of a crash are not among them."""
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            int(entry.name) for entry in self.root.iterdir() if len(entry.name) == _DIGITS and entry.name.isdecimal()
+        )
+
+    def folder(self, number: int) -> Path:
+        """Where state `number` is or would be."""
+        return self.root / f"{number:0{_DIGITS}d}"
+
+    def commit(self, number: int, files: Mapping[str, bytes], fields: Mapping[str, Any]) -> None:
+        """Write state `number` (replacing one of that number) and make it durable before returning."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        pending = self.root / f"{_PENDING}{number:0{_DIGITS}d}-{secrets.token_hex(4)}"
+        pending.mkdir()
+        manifest = {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+        }
+        for name, data in files.items():
+            _write_synced(pending / name, data)
+        text = json.dumps({"number": number, "fields": dict(fields), "files": manifest}, indent=1)
+        _write_synced(pending / STATE_FILE, text.encode())
+        sync_folder(pending)
+        final = self.folder(number)
+        if final.exists():
+            final.rename(self.root / f"{_PENDING}old-{number}-{secrets.token_hex(4)}")
+        pending.rename(final)
+        sync_folder(self.root)
+
+    def load(self, number: int) -> Committed:
+        """State `number`, every file checked against its hash. Raises StateError naming what is damaged."""
+        folder = self.folder(number)
+        path = folder / STATE_FILE
+        try:
+            content = json.loads(path.read_bytes())
+            fields, files = dict(content["fields"]), dict(content["files"])
+            if content["number"] != number:
+                raise StateError(f"{path} says it is state {content['number']}: the folder was renamed or copied")
+        except FileNotFoundError:
+            raise StateError(f"{folder} holds no {STATE_FILE}: there is no state {number}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path} is damaged: {error}") from None
+        for name, expected in files.items():
+            _verify(folder / name, expected)
+        return Committed(number, folder, fields)
+
+    def prune(self, keep: Iterable[int]) -> None:
+        """Remove every state not in `keep`, and what crashes left behind."""
+        kept = set(keep)
+        for number in self.numbers():
+            if number not in kept:  # rename first: a crash half-way through must not leave a state that looks damaged
+                self.folder(number).rename(self.root / f"{_PENDING}old-{number}-{secrets.token_hex(4)}")
+        for leftover in self.root.glob(f"{_PENDING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def set_aside(self, after: int) -> None:
+        """Rename states later than `after` out of the way, without destroying them."""
+        for number in self.numbers():
+            if number > after:
+                folder = self.folder(number)
+                folder.rename(folder.with_name(f"set-aside-{folder.name}-{secrets.token_hex(4)}"))
+
+
+def kept_numbers(numbers: Iterable[int], keep_last: int, keep_every: int) -> set[int]:
+    """The retention rule: the newest `keep_last`, and every `keep_every`-th (0 = none)."""
+    ordered = sorted(numbers)
+    return set(ordered[-keep_last:]) | {number for number in ordered if keep_every and number % keep_every == 0}
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise StateError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise StateError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: it is damaged")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected["sha256"]:
+        raise StateError(
+            f"{path} is damaged: its sha256 is {digest[:12]}..., its manifest says {expected['sha256'][:12]}..."
+        )

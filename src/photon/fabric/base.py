@@ -1,0 +1,64 @@
+"""The fabric protocol: how tasks reach nodes and replies come back.
+
+Only bytes cross it, so a node in this process can do nothing that a node on another continent could not. The
+identity of a sender is the fabric's word (a pipe, a certificate), never the message's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from photon.events import NodeProgress
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What the Aggregator knows of a node: a name and its speed limit, never a corpus or a path (law 1)."""
+
+    name: str
+    tokens_per_step: int
+    trains: bool = True
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Serialised reply of the node that the fabric knows to have sent it."""
+
+    node: str
+    message: bytes
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The node will not answer what it was last sent."""
+
+    node: str
+    reason: str
+
+
+FabricEvent = Arrival | Lost | NodeProgress
+
+
+class Fabric(Protocol):
+    """Carries messages. One task is in flight per node at most; every wait is the caller's, with a deadline."""
+
+    @property
+    def slots(self) -> int:
+        """How many nodes work at the same time (virtual nodes share devices)."""
+
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes that can be reached now."""
+
+    def send(self, node: str, message: bytes) -> None:
+        """Hand a task over for delivery. Raises FabricError if the fabric is closed or the node unknown."""
+
+    def receive(self, timeout_s: float) -> FabricEvent | None:
+        """The next event, or None after `timeout_s` seconds."""
+
+    def abandon(self, node: str) -> None:
+        """Stop waiting for the node's task; whatever it still sends for it is dropped."""
+
+    def close(self) -> None:
+        """Stop everything the fabric started; safe to call twice."""

@@ -1,0 +1,43 @@
+"""`nodes/<name>/site.json`: what one owner's machine knows about its own silo. The Aggregator never reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from photon.config import Name, Recipe
+from photon.data.shards import ShardReader
+from photon.data.stream import Stream
+from photon.node.node import Site, held_out
+from photon.node.state import NodeStore
+
+SITE_FILE = "site.json"
+
+
+class SiteFile(BaseModel):
+    """Where a node's shards are and how it samples them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name
+    sources: list[Path]
+    weights: list[float] | None
+    batch_size: int
+    trains: bool
+    evaluates: bool
+    device: str | None = None
+
+
+def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
+    """Open the shards and the state store of one node. Raises DataError on damaged shards."""
+    length = recipe.data.sequence_length
+    readers = [ShardReader(source) for source in file.sources]
+    scored = [held_out(reader, length, recipe.evaluation.sequences) for reader in readers] if file.evaluates else []
+    return Site(
+        name=file.name,
+        batch_size=file.batch_size,
+        stream=Stream(readers, file.weights, length, recipe.seed, file.name),
+        heldout=scored,
+        store=NodeStore(folder / "state", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
+    )

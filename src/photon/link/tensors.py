@@ -1,0 +1,143 @@
+"""Named tensors as safetensors bytes, read one tensor at a time.
+
+Writing is the safetensors library's. Reading is ours for one reason: the library decodes a whole buffer at once,
+and law 4 (memory does not grow with nodes) wants each tensor folded and freed. The reader trusts nothing: names,
+dtypes, shapes and offsets are checked against the buffer before a byte is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from photon.errors import WireError
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 1_000_000
+_HEADER_LENGTH_BYTES = 8
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a sender says a tensor is; `begin` and `end` are byte offsets behind the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Safetensors bytes of CPU tensors. The same names and values always give the same bytes."""
+    data: bytes = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()})
+    return data
+
+
+def read_specs(data: memoryview) -> tuple[int, list[TensorSpec]]:
+    """Header of a safetensors buffer: (where the data begins, specs in the order of their bytes).
+
+    Raises WireError unless the tensors tile the rest of the buffer exactly, without gap or overlap.
+    """
+    if len(data) < _HEADER_LENGTH_BYTES:
+        raise WireError(f"tensor payload of {len(data)} bytes is too short for a safetensors header")
+    header_bytes = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
+    start = _HEADER_LENGTH_BYTES + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or start > len(data):
+        raise WireError(f"safetensors header declares {header_bytes} bytes; the payload has {len(data)}")
+    try:
+        header = json.loads(bytes(data[_HEADER_LENGTH_BYTES:start]), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise WireError("safetensors header is not an object of named tensors")
+    specs = sorted(
+        (_spec(name, entry) for name, entry in header.items() if name != "__metadata__"),
+        key=lambda spec: (spec.begin, spec.end),
+    )
+    position = 0
+    for spec in specs:
+        if spec.begin != position:
+            raise WireError(f"tensor {spec.name!r} begins at byte {spec.begin}, expected {position}")
+        position = spec.end
+    if start + position != len(data):
+        raise WireError(f"tensors cover {position} bytes, the payload holds {len(data) - start}")
+    return start, specs
+
+
+def iterate_tensors(data: bytes | bytearray | memoryview) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, CPU tensor) in the order of the bytes; a tensor is a read-only view where alignment allows.
+
+    Callers must not write into the tensors. Raises WireError on a malformed buffer, before the first yield.
+    """
+    view = memoryview(data).cast("B")
+    start, specs = read_specs(view)
+    for spec in specs:
+        yield spec.name, _view(view, start, spec)
+
+
+def decode_tensors(data: bytes | bytearray | memoryview) -> dict[str, Tensor]:
+    """All tensors of a buffer as a dict; see `iterate_tensors`."""
+    return dict(iterate_tensors(data))
+
+
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    """The identity of a payload: sha256 of its bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return out
+
+
+def _spec(name: str, entry: object) -> TensorSpec:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise WireError(f"tensor {name!r}: expected dtype, shape and data_offsets")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise WireError(f"tensor {name!r}: dtype {entry['dtype']!r} is not one of {', '.join(_DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise WireError(f"tensor {name!r}: shape and data_offsets must be natural numbers")
+    begin, end = offsets
+    if prod(shape) * dtype.itemsize != end - begin:
+        raise WireError(f"tensor {name!r}: shape {shape} of {entry['dtype']} does not fill {end - begin} bytes")
+    return TensorSpec(name, dtype, tuple(shape), begin, end)
+
+
+def _naturals(values: object) -> bool:
+    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 2**62 for v in values)
+
+
+def _view(data: memoryview, start: int, spec: TensorSpec) -> Tensor:
+    if spec.begin == spec.end:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "buffer is not writable": our callers only read
+        raw = torch.frombuffer(data[start + spec.begin : start + spec.end], dtype=torch.uint8)
+    if raw.data_ptr() % spec.dtype.itemsize:
+        raw = raw.clone()  # a hostile or foreign sender's padding: an unaligned view would be undefined behaviour
+    return raw.view(spec.dtype).view(spec.shape)

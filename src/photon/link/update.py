@@ -1,0 +1,140 @@
+"""The wire format: what an Aggregator asks of an LLM Node, and what the node answers.
+
+A message is `PHTN` | version (1 byte) | header length (4 bytes, little endian) | header (JSON) | body (safetensors).
+The header says who, which round and on which base; the body carries weights (down) or the pseudo-gradient (up).
+Nothing in it can be executed, and both parts are checked against their declared bounds before use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from photon.config import Name
+from photon.errors import WireError
+
+MAGIC = b"PHTN"
+VERSION = 1
+MAX_HEADER_BYTES = 2**20
+_PREFIX_BYTES = len(MAGIC) + 1 + 4
+_ALIGNMENT_BYTES = 64
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Natural = Annotated[int, Field(ge=0, lt=2**62)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    run: str = Field(max_length=64)
+    round: Natural
+    node: Name
+    nonce: str = Field(max_length=64)
+    base_sha256: Hash
+
+
+class Task(_Header):
+    """Down: train `tau` local steps from the base in the body, or evaluate that base on held-out text."""
+
+    kind: Literal["task"] = "task"
+    work: Literal["train", "evaluate"]
+    sequential_step: Natural = Field(description="t * tau: where the learning-rate schedule stands.")
+    tau: Natural
+    deadline_s: Number = Field(gt=0, description="A node hands in what it has after so many seconds.")
+
+
+class TrainingReport(BaseModel):
+    """What a node says of its local steps; `tokens` are those really trained on and weigh the merge."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    tokens: Natural
+    steps: Natural
+    loss_first: Number
+    loss_last: Number
+    loss_mean: Number
+    gradient_norm_mean: Number
+    clipped_steps: Natural
+    learning_rate: Number
+    seconds: Number
+    epoch: Number
+
+
+class EvaluationReport(BaseModel):
+    """Held-out sums, not means, so that pooling is exact."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    nats: Number
+    tokens: Natural
+    text_bytes: Number = Field(ge=0, description="UTF-8 bytes those tokens stand for.")
+    unigram_nats: Number = Field(description="Cross-entropy of the same tokens under the silo's unigram.")
+
+
+class Reply(_Header):
+    """Up: the pseudo-gradient `base - local` in the body and a report, or the reason why there is none."""
+
+    kind: Literal["reply"] = "reply"
+    status: Literal["ok", "failed"]
+    error: str = Field("", max_length=2000)
+    codec: str = Field("exact", max_length=64)
+    training: TrainingReport | None = None
+    evaluation: EvaluationReport | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """A parsed message; `body` is a view of the received buffer, not a copy."""
+
+    header: Task | Reply
+    body: memoryview
+
+
+def encode_message(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> bytes:
+    """Serialise a message; its length is what the ledger counts."""
+    text = header.model_dump_json().encode()
+    # JSON may end in spaces: pad, so that the tensors in the body can be viewed in place.
+    text += b" " * (-(_PREFIX_BYTES + len(text)) % _ALIGNMENT_BYTES)
+    if len(text) > MAX_HEADER_BYTES:
+        raise WireError(f"header of {len(text)} bytes exceeds {MAX_HEADER_BYTES}")
+    return b"".join((MAGIC, bytes([VERSION]), len(text).to_bytes(4, "little"), text, body))
+
+
+def decode_message(data: bytes | bytearray | memoryview) -> Message:
+    """Parse a message. Raises WireError on anything malformed; allocates no more than the header's size."""
+    view = memoryview(data).cast("B")
+    if len(view) < _PREFIX_BYTES or view[: len(MAGIC)] != MAGIC:
+        raise WireError("not a Photon message: the first bytes are not 'PHTN'")
+    if view[len(MAGIC)] != VERSION:
+        raise WireError(
+            f"message of wire version {view[len(MAGIC)]}, this Photon speaks {VERSION}: update the older end"
+        )
+    length = int.from_bytes(view[len(MAGIC) + 1 : _PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES or _PREFIX_BYTES + length > len(view):
+        raise WireError(f"header declares {length} bytes; the message has {len(view)}")
+    text = bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])
+    kind: type[Task | Reply] = Task if b'"kind":"task"' in text else Reply
+    try:
+        header = kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "header"
+        raise WireError(f"malformed {kind.__name__.lower()} header: {place}: {first['msg']}") from None
+    return Message(header, view[_PREFIX_BYTES + length :])
+
+
+def expect_task(message: Message) -> Task:
+    """The header as a Task. Raises WireError on a reply."""
+    if not isinstance(message.header, Task):
+        raise WireError("a node was sent a reply, not a task")
+    return message.header
+
+
+def expect_reply(message: Message) -> Reply:
+    """The header as a Reply. Raises WireError on a task."""
+    if not isinstance(message.header, Reply):
+        raise WireError("the Aggregator was sent a task, not a reply")
+    return message.header

@@ -1,0 +1,84 @@
+"""What an LLM Node keeps between rounds: its optimizer and its place in its own text. It never leaves the owner.
+
+A state is filed under the round it is ready for. The Aggregator may repeat a round after a crash, so a node never
+throws away the state before the newest one until a later round proves that it is no longer needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from photon.durable import NumberedStates, kept_numbers
+from photon.errors import StateError
+from photon.link.tensors import decode_tensors, encode_tensors
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """Position in the Data Source (sequences consumed), totals, and optimizer tensors (empty = fresh)."""
+
+    run: str
+    node: str
+    position: int = 0
+    tokens: int = 0
+    steps: int = 0
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class NodeStore:
+    """`nodes/<name>/state`: states filed by the round they are ready for."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+        self._states = NumberedStates(folder)
+        self._keep_last, self._keep_every = keep_last, keep_every
+
+    def load(self, run: str, node: str, round_index: int) -> NodeState:
+        """The state to begin round `round_index` with: the newest one filed at or before it.
+
+        A node that never trained gets a fresh state, filed under round 0. Raises StateError if the state is damaged,
+        another run's, or already dropped.
+        """
+        if not self._states.numbers():
+            self.commit(NodeState(run, node), 0)
+        numbers = self._states.numbers()
+        ready = [number for number in numbers if number <= round_index]
+        if not ready:
+            raise StateError(
+                f"{self._states.root}: the oldest state is for round {numbers[0]}, round {round_index} was asked for; "
+                "checkpoint.keep_last says how far back a run can go"
+            )
+        committed = self._states.load(ready[-1])
+        fields = committed.fields
+        if fields.get("run") != run or fields.get("node") != node:
+            raise StateError(
+                f"{committed.folder} belongs to node {fields.get('node')!r} of run {fields.get('run')!r}, "
+                f"not to {node!r} of {run!r}"
+            )
+        return NodeState(**fields, optimizer=decode_tensors(committed.read(OPTIMIZER_FILE)))
+
+    def commit(self, state: NodeState, ready_for: int) -> None:
+        """File `state` as ready for round `ready_for`, durably; keep every state that a kept round may need."""
+        fields = {
+            "run": state.run,
+            "node": state.node,
+            "position": state.position,
+            "tokens": state.tokens,
+            "steps": state.steps,
+        }
+        self._states.commit(ready_for, {OPTIMIZER_FILE: encode_tensors(state.optimizer)}, fields)
+        # The Aggregator keeps rounds up to ready_for - 1 (ready_for itself is not committed there yet). Each of them
+        # needs the newest state filed at or before it.
+        numbers = self._states.numbers()
+        rounds = kept_numbers(range(ready_for), self._keep_last, self._keep_every)
+        needed = {max((number for number in numbers if number <= wanted), default=ready_for) for wanted in rounds}
+        self._states.prune(needed | {ready_for} | {number for number in numbers if number > ready_for})
+
+    def set_aside(self, after: int) -> None:
+        """Put away states of rounds later than `after`, where the run goes on: they belong to what was undone."""
+        self._states.set_aside(after)

@@ -1,0 +1,248 @@
+"""A whole local run: prepare the text, start the fabric, run the rounds, write the results.
+
+Everything that decides the outcome is in the run folder, so `resume` needs nothing else and a run that was killed
+at any instant, any number of times, ends in the same model as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from photon.aggregator.server import Aggregator
+from photon.aggregator.state import GlobalState, Progress, RoundStore
+from photon.config import Recipe
+from photon.data.build import Prepared, prepare
+from photon.data.build import Progress as BuildProgress
+from photon.data.tokenizer import Tokenizer
+from photon.display import Display
+from photon.durable import write_atomic
+from photon.errors import ConfigError, StateError, StoppedError
+from photon.events import RunFinished, RunStarted, Sampled
+from photon.fabric.local import LocalFabric
+from photon.fabric.site import SITE_FILE, SiteFile
+from photon.link.tensors import decode_tensors, encode_tensors
+from photon.model.base import LanguageModel
+from photon.model.build import build_model, load_weights, named_weights
+from photon.model.generate import generate
+from photon.model.hf import export
+from photon.node.device import WorkerPlan, plan_workers
+from photon.node.state import NodeStore
+from photon.recipe import dump_recipe, load_recipe
+from photon.report import write_report
+from photon.runfolder import Identity, RunFolder
+from photon.sites import POOLED, node_infos, plan_sites
+from photon.summary import Summary, summarise, write_summary
+from photon.track import Tracker, open_tracker, read_events, truncate_to
+
+SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TOP_K = 40
+
+
+def prepare_data(recipe: Recipe, display: Display) -> Prepared:
+    """Build or reuse the tokenizer and every silo's shards, showing progress."""
+
+    def show(step: BuildProgress) -> None:
+        display.data_progress(step.silo, step.phase, step.done_bytes, step.total_bytes, step.note)
+
+    return prepare(recipe, progress=show)
+
+
+def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
+    """Begin a run in an empty `folder` and bring it to its end."""
+    if any(silo.name.lower() == POOLED for silo in recipe.silo):
+        raise ConfigError(f"a silo cannot be called {POOLED!r}: the centralised baseline uses that name")
+    with folder.lock():
+        prepared = prepare_data(recipe, display)
+        folder.tokenizer.mkdir(exist_ok=True)
+        prepared.tokenizer.save(folder.tokenizer)
+        for site in plan_sites(recipe, prepared.silos):
+            folder.node(site.name).mkdir(parents=True, exist_ok=True)
+            write_atomic(folder.node(site.name) / SITE_FILE, site.model_dump_json(indent=1) + "\n")
+        write_atomic(folder.recipe, dump_recipe(recipe))
+        folder.write_identity(prepared.tokenizer.vocab_size)  # last: with it the folder is a run
+        return _go_on(_open(folder), display)
+
+
+def resume(folder: RunFolder, display: Display, round_index: int | None = None) -> Summary:
+    """Go on from the newest committed round, or from an older one on request (later ones are set aside)."""
+    folder.identity()
+    with folder.lock():
+        run = _open(folder)
+        if round_index is not None:
+            run.store.load(run.identity.run, round_index)  # before anything is set aside: is it usable?
+            run.store.set_aside(round_index)
+            for site in run.sites:
+                _node_store(run, site).set_aside(round_index)
+        return _go_on(run, display)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the run folder says."""
+
+    folder: RunFolder
+    identity: Identity
+    recipe: Recipe
+    sites: list[SiteFile]
+    store: RoundStore
+    tokenizer: Tokenizer
+
+    def build_model(self) -> LanguageModel:
+        """The untrained model; the same weights every time."""
+        return build_model(
+            self.recipe.model, self.identity.vocab_size, self.recipe.data.sequence_length, self.recipe.seed
+        )
+
+
+def _open(folder: RunFolder) -> Run:
+    recipe = load_recipe(folder.recipe)
+    names = [silo.name for silo in recipe.silo] + ([POOLED] if recipe.federation.outer == "none" else [])
+    sites = []
+    for name in names:
+        path = folder.node(name) / SITE_FILE
+        if not path.is_file():
+            raise StateError(f"{path} is missing: the run cannot find the text of node {name!r}")
+        sites.append(SiteFile.model_validate_json(path.read_bytes()))
+    keep = recipe.checkpoint
+    store = RoundStore(folder.rounds, keep.keep_last, keep.keep_every)
+    return Run(folder, folder.identity(), recipe, sites, store, Tokenizer.load(folder.tokenizer))
+
+
+def load_trained(folder: RunFolder) -> tuple[Run, LanguageModel, GlobalState]:
+    """A run's newest committed global model, on the CPU. Raises InputError if `folder` is no run."""
+    folder.identity()
+    run = _open(folder)
+    state = run.store.load(run.identity.run)
+    model = run.build_model()
+    load_weights(model, decode_tensors(state.payload))
+    return run, model, state
+
+
+def _go_on(run: Run, display: Display) -> Summary:
+    try:
+        return _run_to_end(run, display)
+    except KeyboardInterrupt:
+        raise StoppedError(f"stopped; committed rounds are safe. Go on with: photon train --resume {run.folder.path}") from None
+
+
+def _run_to_end(run: Run, display: Display) -> Summary:
+    # The Aggregator works while nodes train: a second thread here would fight them for cores, and slow both.
+    torch.set_num_threads(1)
+    model = run.build_model()
+    begun = bool(run.store.rounds())
+    state = run.store.load(run.identity.run) if begun else _untrained(run, model)
+    truncate_to(run.folder.metrics, state.progress.metrics_bytes)
+    plans = _plan(run)
+    with (
+        open_tracker(run.recipe.track, run.folder.path, run.identity.run, display) as tracker,
+        _open_fabric(run, plans, len(state.payload)) as fabric,
+    ):
+        tracker.write(_started(run, state, model, plans))
+        if not begun:
+            _sample(run, model, tracker, state)
+        final = Aggregator(run.recipe, fabric, run.store, tracker, state).run()
+        load_weights(model, decode_tensors(final.payload))
+        _sample(run, model, tracker, final)
+        export(model, run.recipe.model, run.folder.tokenizer, run.folder.model)
+        tracker.write(
+            RunFinished(
+                time=time.time(),
+                seconds=final.progress.seconds,
+                round=final.progress.round,
+                model_sha256=final.model_sha256,
+            )
+        )
+    return write_results(run.folder)
+
+
+def write_results(folder: RunFolder) -> Summary:
+    """Rewrite summary.json and report.html from what the run recorded."""
+    folder.identity()
+    summary = summarise(read_events(folder.metrics))
+    write_summary(folder.path, summary)
+    write_report(folder.path)
+    return summary
+
+
+def _untrained(run: Run, model: LanguageModel) -> GlobalState:
+    return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
+
+
+def _plan(run: Run) -> list[WorkerPlan]:
+    trainers = [site for site in run.sites if site.trains]
+    plans = plan_workers(run.recipe.node, min(len(trainers), run.recipe.nodes_per_round))
+    # A silo's own device gets a worker of its own if the plan has none there.
+    for device in sorted({site.device for site in run.sites if site.device} - {plan.device for plan in plans}):
+        plans.append(WorkerPlan(device, plans[0].threads))
+    return plans
+
+
+@contextmanager
+def _open_fabric(run: Run, plans: list[WorkerPlan], payload_bytes: int) -> Iterator[LocalFabric]:
+    fabric = LocalFabric(
+        run.folder.path,
+        node_infos(run.recipe, run.sites),
+        plans,
+        run.folder.logs,
+        payload_bytes,
+        {site.name: site.device for site in run.sites if site.device},
+    )
+    try:
+        yield fabric
+    finally:
+        fabric.close()
+
+
+def _started(run: Run, state: GlobalState, model: LanguageModel, plans: list[WorkerPlan]) -> RunStarted:
+    pooled = run.recipe.federation.outer == "none"
+    weights = named_weights(model)
+    return RunStarted(
+        time=time.time(),
+        seconds=state.progress.seconds,
+        run=run.identity.run,
+        recipe=run.recipe.name,
+        nodes=[site.name for site in run.sites if site.trains],
+        nodes_per_round=1 if pooled else run.recipe.nodes_per_round,
+        rounds=run.recipe.federation.rounds,
+        tau=run.recipe.federation.tau,
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        payload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
+        first_round=state.progress.round,
+        device=", ".join(sorted({plan.device for plan in plans})),
+        workers=len(plans),
+        threads=plans[0].threads,
+    )
+
+
+def _sample(run: Run, model: LanguageModel, tracker: Tracker, state: GlobalState) -> None:
+    evaluation = run.recipe.evaluation
+    if evaluation.sample_tokens:
+        prompt = run.tokenizer.encode(evaluation.prompt) or [run.tokenizer.end_of_text]
+        tokens = generate(
+            model,
+            prompt,
+            evaluation.sample_tokens,
+            SAMPLE_TEMPERATURE,
+            SAMPLE_TOP_K,
+            run.recipe.seed,
+            run.tokenizer.end_of_text,
+        )
+        tracker.write(
+            Sampled(
+                time=time.time(),
+                seconds=state.progress.seconds,
+                round=state.progress.round,
+                prompt=evaluation.prompt,
+                text=run.tokenizer.decode(tokens),
+            )
+        )
+
+
+def _node_store(run: Run, site: SiteFile) -> NodeStore:
+    keep = run.recipe.checkpoint
+    return NodeStore(run.folder.node(site.name) / "state", keep.keep_last, keep.keep_every)

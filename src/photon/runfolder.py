@@ -1,0 +1,131 @@
+"""The layout of a run directory, in one place.
+
+recipe.toml   the fully resolved recipe              metrics.jsonl  every event (photon.events)
+run.json      the run's identity                     summary.json, report.html  what came out
+tokenizer/    copy of the run's tokenizer            rounds/        committed global states (Aggregator)
+nodes/<name>/ what in a real deployment stays at the owner
+model/        the result, Hugging Face format        logs/          output of worker processes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from photon import __version__
+from photon.durable import write_atomic
+from photon.errors import InputError, StateError
+
+
+class Identity(BaseModel):
+    """`run.json`: what every task, reply and state of a run is bound to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    created: float
+    photon: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """All events."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report for people."""
+        return self.path / "report.html"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Hugging Face tokenizer folder."""
+        return self.path / "tokenizer"
+
+    @property
+    def rounds(self) -> Path:
+        """Committed global states."""
+        return self.path / "rounds"
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        """Output of worker processes."""
+        return self.path / "logs"
+
+    def node(self, name: str) -> Path:
+        """What belongs to one owner."""
+        return self.path / "nodes" / name
+
+    def write_identity(self, vocab_size: int) -> Identity:
+        """Give a new run its identity."""
+        identity = Identity(run=secrets.token_hex(8), created=time.time(), photon=__version__, vocab_size=vocab_size)
+        write_atomic(self.path / "run.json", identity.model_dump_json(indent=1) + "\n")
+        return identity
+
+    def identity(self) -> Identity:
+        """The run's identity. Raises InputError if the folder is no run, StateError if it is damaged."""
+        path = self.path / "run.json"
+        if not path.is_file() or not self.recipe.is_file():
+            raise InputError(
+                f"{self.path} is not a run: it has no run.json and recipe.toml (`photon train` makes runs)"
+            )
+        try:
+            return Identity.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise StateError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. Raises InputError if another one trains it; ends with the process."""
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.path} is being trained by another process") from None
+            yield
+        finally:
+            os.close(handle)
+
+
+def new_run_folder(recipe_name: str, given: Path | None) -> RunFolder:
+    """Create `runs/<recipe>-<time>` or the folder asked for. Raises InputError rather than mix two runs."""
+    if given is not None:
+        if given.exists() and any(entry.name != ".lock" for entry in given.iterdir()):
+            raise InputError(f"{given} is not empty: choose another --run, or go on with --resume {given}")
+        given.mkdir(parents=True, exist_ok=True)
+        return RunFolder(given)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+        path = Path("runs") / f"{recipe_name}-{stamp}{suffix}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return RunFolder(path)
+    raise InputError(f"runs/{recipe_name}-{stamp}: too many runs began this second")

@@ -1,0 +1,86 @@
+"""Estimates against sums done by hand, and against what torch really allocates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from photon.config import Recipe
+from photon.estimate import memory_estimate, tokens_per_round
+from photon.model.decoder import Decoder
+from photon.recipe import load_recipe, parse_recipe
+
+SILO = '[[silo]]\nname = "core"\ntext = "x"\n'
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(SILO, "test", ["data.vocab_size=1000", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights", "optimizer", "aggregator"),
+    [
+        (["node.precision=float32"], 4, 8, 16),
+        (["node.precision=bfloat16"], 6, 8, 16),
+        (["node.device=cpu"], 4, 8, 16),
+        (["node.device=cuda:0", "link.up=bfloat16"], 6, 8, 14),
+        (["node.optimizer=sgd", "federation.outer=nesterov"], 6, 0, 20),
+        (["node.optimizer=sgd", "node.momentum=0.9", "federation.outer=yogi"], 6, 4, 24),
+    ],
+)
+def test_bytes_per_parameter(overrides: list[str], weights: int, optimizer: int, aggregator: int) -> None:
+    estimate = memory_estimate(recipe(*overrides), parameters=1_000_000)
+    assert estimate.weights_bytes == weights * 1_000_000
+    assert estimate.gradients_bytes == 4_000_000
+    assert estimate.optimizer_bytes == optimizer * 1_000_000
+    assert estimate.update_bytes == 8_000_000
+    assert estimate.aggregator_bytes == aggregator * 1_000_000
+    parts = (estimate.weights_bytes, estimate.gradients_bytes, estimate.optimizer_bytes, estimate.activations_bytes)
+    assert estimate.node_bytes == sum(parts)
+
+
+def test_muon_keeps_one_buffer_for_matrices_and_two_for_embeddings() -> None:
+    muon = "node.optimizer=muon"
+    assert memory_estimate(recipe(muon), 1_000_000).optimizer_bytes == 128_000 * 8 + 872_000 * 4
+    assert memory_estimate(recipe(muon, "model.tied=false"), 1_000_000).optimizer_bytes == 256_000 * 8 + 744_000 * 4
+    assert memory_estimate(recipe(muon, "model.hf=some/model"), 1_000_000).optimizer_bytes == 8_000_000
+
+
+def test_activations_of_gpt2_proportions_are_the_published_count() -> None:
+    """Korthikanti et al. 2022: 34 s b h bytes per layer, two of them dropout masks that we do not have."""
+    shape = ["model.preset=mpt-125m", "data.sequence_length=1024", "node.micro_batch_size=3"]
+    assert memory_estimate(recipe(*shape), 1).activations_bytes == 32 * 1024 * 3 * 768 * 12
+    assert memory_estimate(recipe(*shape, "node.precision=float32"), 1).activations_bytes == 64 * 1024 * 3 * 768 * 12
+    assert memory_estimate(recipe(*shape, "node.micro_batch_size=auto"), 1).activations_bytes == 32 * 1024 * 768 * 12
+    assert memory_estimate(recipe(*shape, "model.hf=some/model"), 1).activations_bytes == 0
+
+
+@pytest.mark.parametrize("preset", ["mpt-125m", "llama-125m", "llama-3b"])
+def test_activations_are_about_what_autograd_keeps(preset: str) -> None:
+    shape = ["model.layers=4", "model.width=320", "model.heads=20", "model.hidden=1024", "data.sequence_length=64"]
+    small = recipe(f"model.preset={preset}", *shape, "node.precision=float32")
+    model = Decoder(small.model, small.data.vocab_size, small.data.sequence_length)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = torch.zeros(1, 64, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(inputs, inputs)
+    assert loss.isfinite()
+    ratio = sum(kept.values()) / memory_estimate(small, 1).activations_bytes
+    assert 0.8 < ratio < 1.8  # unfused norms and rotations keep more, and there are the loss and the biases
+
+
+def test_tokens_per_round() -> None:
+    assert tokens_per_round(load_recipe("paper-125m")) == 8 * 32 * 128 * 2048
+    two = SILO + '[[silo]]\nname = "b"\ntext = "x"\nbatch_size = 2\ntau = 5\n'
+    overrides = ["node.batch_size=8", "federation.tau=10", "data.sequence_length=100"]
+    assert tokens_per_round(parse_recipe(two, "t", overrides)) == (80 + 10) * 100
+    assert tokens_per_round(parse_recipe(two, "t", [*overrides, "federation.nodes_per_round=1"])) == 45 * 100

@@ -81,7 +81,9 @@ def train(
 
 
 @app.command(epilog="Examples:\n\nphoton presets\n\nphoton presets demo > my-recipe.toml")
-def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this preset as TOML.")] = None) -> None:
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this preset as TOML.")] = None,
+) -> None:
     """List the presets, or print one."""
     from photon.recipe import preset_text
     from photon.results import presets_table

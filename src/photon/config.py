@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+# Betas and momenta: at 1 an average never forgets its first value and never learns another.
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Auto = Literal["auto"]
 # A name becomes a folder name and a wire identity: letters first, nothing a file system or a log could misread.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -64,6 +67,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _shape(self) -> Self:
+        if self.hf and self.preset:
+            raise ValueError("model.hf and model.preset each name a model: give one of them")
         if self.width % self.heads:
             raise ValueError(f"model.heads = {self.heads} must divide model.width = {self.width}")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -78,7 +83,12 @@ class DataConfig(Section):
 
     dir: str = Field("data", description="Folder for the tokenizer and each silo's shards; reused between runs.")
     tokenizer: str = Field("train", description="`train` (byte-level BPE), or path or hub id of a Hugging Face one.")
-    vocab_size: int = Field(4096, ge=257, le=2**32 - 1, description="Size of a trained vocabulary.")
+    vocab_size: int = Field(
+        4096,
+        ge=257,
+        le=2**32 - 1,
+        description="Size of a trained vocabulary; with a given tokenizer, the least rows of the embedding (padding).",
+    )
     tokenizer_bytes_per_silo: int = Field(
         4_000_000, ge=0, description="Text each silo contributes to a trained tokenizer (a vocabulary leaks words)."
     )
@@ -97,9 +107,9 @@ class NodeConfig(Section):
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="Local optimizer state between rounds.")
     lr: float = Field(3e-3, ge=0, description="Peak learning rate (AdamW/SGD part).")
     muon_lr: float = Field(0.02, ge=0, description="Peak learning rate of Muon's matrices.")
-    muon_momentum: Fraction = Field(0.95, description="Muon's Nesterov momentum.")
-    momentum: Fraction = Field(0.0, description="Momentum of SGD.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's betas.")
+    muon_momentum: Decay = Field(0.95, description="Muon's Nesterov momentum.")
+    momentum: Decay = Field(0.0, description="Momentum of SGD.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay on matrices.")
     clip_norm: float = Field(1.0, ge=0, description="Global gradient-norm clip; 0 = off.")
@@ -108,9 +118,7 @@ class NodeConfig(Section):
     total_steps: Positive | None = Field(None, description="Schedule length; default rounds x tau.")
     final_lr_fraction: Fraction = Field(0.1, description="Learning rate at the end, as a share of the peak.")
     decay_fraction: Fraction = Field(0.6, description="wsd: share of the schedule that decays linearly.")
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
-        "auto", description="auto (every CUDA device, else CPU), cpu, mps, cuda or cuda:N."
-    )
+    device: Device = Field("auto", description="auto (every CUDA device, else CPU), cpu, mps, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto = bfloat16 on CUDA.")
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto = on CUDA only.")
     workers: Positive | Auto = Field("auto", description="Local fabric: processes; auto = one per GPU or CPU core.")
@@ -129,8 +137,8 @@ class FederationConfig(Section):
         description="Outer optimizer on the merged pseudo-gradient; none = the centralised baseline: one pooled node.",
     )
     outer_lr: float = Field(1.0, ge=0, description="Outer learning rate (fedavg with 1.0 is plain averaging).")
-    outer_momentum: Fraction = Field(0.9, description="momentum, nesterov.")
-    outer_betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="adam, yogi.")
+    outer_momentum: Decay = Field(0.9, description="momentum, nesterov.")
+    outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
     outer_eps: float = Field(1e-8, gt=0, description="adam, yogi.")
     quorum: float = Field(1.0, gt=0, le=1, description="Share of the sampled nodes that must answer.")
     grace_s: float = Field(30.0, ge=0, description="After the quorum is met, wait this long for the others.")
@@ -181,7 +189,7 @@ class SiloConfig(Section):
     field: str = Field("text", description="Field that holds the text in .jsonl and .parquet files.")
     batch_size: Positive | None = Field(None, description="Overrides node.batch_size.")
     tau: Positive | None = Field(None, description="Overrides federation.tau.")
-    device: str | None = Field(None, description="Overrides node.device.")
+    device: Device | None = Field(None, description="Overrides node.device.")
 
     @field_validator("text", mode="before")
     @classmethod
@@ -227,6 +235,10 @@ class Recipe(Section):
         k = self.federation.nodes_per_round
         if k is not None and k > len(names):
             raise ValueError(f"federation.nodes_per_round = {k} but there are {len(names)} silos")
+        if self.node.warmup_steps > self.total_steps:
+            raise ValueError(
+                f"node.warmup_steps = {self.node.warmup_steps} is longer than the schedule of {self.total_steps} steps"
+            )
         return self
 
     @property
@@ -248,5 +260,5 @@ class Recipe(Section):
         return silo.tau or self.federation.tau
 
 
-_FLOATS: tuple[object, ...] = (float, float | None, Fraction)
-_PAIRS: tuple[object, ...] = (tuple[Fraction, Fraction],)
+_FLOATS: tuple[object, ...] = (float, float | None)
+_PAIRS: tuple[object, ...] = (tuple[Decay, Decay],)

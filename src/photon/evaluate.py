@@ -36,15 +36,11 @@ def evaluate_run(folder: RunFolder, texts: list[str], max_sequences: int | None)
     return tally.pooled(), tally.silos()
 
 
-def continue_text(
-    folder: RunFolder, prompt: str, tokens: int, temperature: float, top_k: int, seed: int
-) -> str:
+def continue_text(folder: RunFolder, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
     """What a run's newest model writes after `prompt`."""
     run, model, _ = load_trained(folder)
     encoded = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
-    return run.tokenizer.decode(
-        generate(model, encoded, tokens, temperature, top_k, seed, run.tokenizer.end_of_text)
-    )
+    return run.tokenizer.decode(generate(model, encoded, tokens, temperature, top_k, seed, run.tokenizer.end_of_text))
 
 
 def export_run(folder: RunFolder, out: Path) -> None:

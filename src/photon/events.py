@@ -75,6 +75,7 @@ class NodeRound(BaseModel):
     clipped_steps: int
     update_norm: float = Field(description="L2 norm of its pseudo-gradient as received.")
     seconds: float = Field(description="Local training time.")
+    evaluation_seconds: float = Field(0.0, description="Time it took to score the base before training.")
     tokens_per_second: float
     epoch: float = Field(description="Passes over its own text so far.")
     bytes_up: int
@@ -92,7 +93,7 @@ class RoundDone(_Event):
     tokens_per_second: float = Field(description="Of this round: tokens over wall seconds.")
     bytes_up: int
     bytes_down: int
-    round_bytes_up: int = Field(description="Of the training exchange; evaluation is in the running totals.")
+    round_bytes_up: int
     round_bytes_down: int
     train_loss: float = Field(description="Token-weighted mean over nodes of the round's mean loss.")
     learning_rate: float = Field(description="At the last local step.")
@@ -101,7 +102,9 @@ class RoundDone(_Event):
     nodes: dict[str, NodeRound]
     missing: dict[str, str] = Field(description="Sampled nodes that did not count, with the reason.")
     cosine: list[list[float]] = Field(description="Pairwise cosine of updates (sketched), rows as sorted(nodes).")
-    phases_s: dict[str, float] = Field(description="Wall seconds: nodes, outer, evaluate; commit of the round before.")
+    phases_s: dict[str, float] = Field(
+        description="Wall seconds by phase; nodes = exchange, training and evaluation there."
+    )
 
 
 class Sampled(_Event):

@@ -35,6 +35,7 @@ class Axis:
 
     key: str
     label: str
+    moment: str  # completes a value to a phrase: "352 MB" + "moved"
     format: Callable[[float], str]
     position: Mapping[int, float]
 
@@ -186,7 +187,7 @@ def _spoken(chart: Chart) -> str:
 
 
 def _hover_data(chart: Chart, axis: Axis, xs: Sequence[float]) -> str:
-    labels = [f"{axis.format(axis.position[r])} {axis.label}, round {r}" for r in chart.rounds]
+    labels = [f"round {r}, {axis.format(axis.position[r])} {axis.moment}" for r in chart.rounds]
     series = [
         {
             "name": printable(s.name),

@@ -62,10 +62,16 @@ class Run:
         where: dict[int, RoundDone | Evaluated] = {**self.evaluations, **self.rounds}
         moved = {n: float(e.bytes_up + e.bytes_down) for n, e in where.items()}
         axes = [
-            Axis("steps", "sequential steps", count, {n: float(e.sequential_step) for n, e in where.items()}),
-            Axis("tokens", "tokens", count, {n: float(e.tokens) for n, e in where.items()}),
-            Axis("bytes", "bytes up and down", byte_size, moved),
-            Axis("time", "training time", duration, {n: e.seconds for n, e in where.items()}),
+            Axis(
+                "steps",
+                "sequential steps",
+                "steps",
+                "{:,.0f}".format,
+                {n: float(e.sequential_step) for n, e in where.items()},
+            ),
+            Axis("tokens", "tokens", "tokens", count, {n: float(e.tokens) for n, e in where.items()}),
+            Axis("bytes", "bytes moved, up and down", "moved", byte_size, moved),
+            Axis("time", "training time", "of training", duration, {n: e.seconds for n, e in where.items()}),
         ]
         return [axis for axis in axes if axis.key != "bytes" or any(moved.values())]
 

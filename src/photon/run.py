@@ -64,7 +64,7 @@ def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
             folder.node(site.name).mkdir(parents=True, exist_ok=True)
             write_atomic(folder.node(site.name) / SITE_FILE, site.model_dump_json(indent=1) + "\n")
         write_atomic(folder.recipe, dump_recipe(recipe))
-        folder.write_identity(prepared.tokenizer.vocab_size)  # last: with it the folder is a run
+        folder.write_identity(_embedding_rows(recipe, prepared.tokenizer))  # last: now the folder is a run
         return _go_on(_open(folder), display)
 
 
@@ -79,6 +79,13 @@ def resume(folder: RunFolder, display: Display, round_index: int | None = None) 
             for site in run.sites:
                 _node_store(run, site).set_aside(round_index)
         return _go_on(run, display)
+
+
+def _embedding_rows(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """With a given tokenizer `data.vocab_size` pads: the paper has 50368 rows for gpt-neox-20b's 50277 tokens."""
+    if recipe.data.tokenizer == "train" or recipe.model.hf:
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, recipe.data.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ def _go_on(run: Run, display: Display) -> Summary:
     try:
         return _run_to_end(run, display)
     except KeyboardInterrupt:
-        raise StoppedError(f"stopped; committed rounds are safe. Go on with: photon train --resume {run.folder.path}") from None
+        raise StoppedError(
+            f"stopped; committed rounds are safe. Go on with: photon train --resume {run.folder.path}"
+        ) from None
 
 
 def _run_to_end(run: Run, display: Display) -> Summary:

@@ -14,7 +14,9 @@ from photon.aggregator.merge import MAX_ABS_UPDATE, Merge
 Updates = dict[str, dict[str, Tensor]]
 
 
-def merge(updates: Updates, weights: dict[str, int], order: list[str], max_weight: int | None = None) -> dict[str, Tensor]:
+def merge(
+    updates: Updates, weights: dict[str, int], order: list[str], max_weight: int | None = None
+) -> dict[str, Tensor]:
     merged = Merge(next(iter(updates.values())), max_weight or sum(weights.values()))
     for node in order:
         merged.fold(updates[node].items(), weights[node])

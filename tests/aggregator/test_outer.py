@@ -20,7 +20,10 @@ def federation(outer: str, **changes: object) -> FederationConfig:
 def pseudo_gradients() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
-        {"w": torch.randn(3, 2, generator=generator, dtype=torch.float64) * 0.1, "b": torch.randn(4, generator=generator)}
+        {
+            "w": torch.randn(3, 2, generator=generator, dtype=torch.float64) * 0.1,
+            "b": torch.randn(4, generator=generator),
+        }
         for _ in range(ROUNDS)
     ]
 

@@ -21,7 +21,7 @@ BASE = "0" * 64
 def task(**changes: object) -> Task:
     fields = {
         "run": "r", "round": 3, "node": "core", "nonce": "n", "base_sha256": BASE,
-        "work": "train", "sequential_step": 96, "tau": 32, "deadline_s": 60.0,
+        "evaluate": False, "sequential_step": 96, "tau": 32, "deadline_s": 60.0,
     }  # fmt: skip
     return Task.model_validate(fields | changes)
 
@@ -71,7 +71,7 @@ def test_noise_is_refused(noise: bytes) -> None:
     "change",
     [
         {"round": -1}, {"round": "3"}, {"tau": 1.5}, {"node": "../../etc"}, {"base_sha256": "short"},
-        {"deadline_s": 0.0}, {"work": "run_code"}, {"extra": 1}, {"round": 2**70},
+        {"deadline_s": 0.0}, {"evaluate": "yes"}, {"extra": 1}, {"round": 2**70},
     ],
 )  # fmt: skip
 def test_headers_out_of_bounds_are_refused(change: dict[str, object]) -> None:

@@ -111,9 +111,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_check_rejects(
-    name: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_rejects(name: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family, attribute, wrong = MUTANTS[name]
     monkeypatch.setattr(decoder_module, attribute, wrong)
     model = perturbed(SHAPES[family])

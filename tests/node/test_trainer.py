@@ -143,11 +143,6 @@ def test_rounds_continue_the_schedule_and_the_stream() -> None:
     assert not equal(whole, restarted)
 
 
-def test_a_rate_of_zero_trains_nothing() -> None:
-    trainer, _ = trained(recipe(lr=0.0, muon_lr=0.0, optimizer="muon"), [(0, 3, 0)])
-    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), Tiny().parameters(), strict=True))
-
-
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5, 7])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch_size: int) -> None:
     whole, (run,) = trained(recipe(), [(0, 3, 0)], double=True, batch_size=7)

@@ -29,7 +29,8 @@ class Patience:
 class Exchange:
     """Sends one task per node and yields the replies that answer them, as they arrive, each once.
 
-    `missing` says afterwards who did not count and why. Whoever finds a yielded reply unusable calls `refuse`.
+    The quorum is a share of those asked to train (of all, if none is). `missing` says afterwards who did not count and
+    why. Whoever finds a yielded reply unusable calls `refuse`.
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Exchange:
         self._fabric, self._ledger, self._patience = fabric, ledger, patience
         self._on_progress = on_progress
         self._waiting: dict[str, Task] = {}
-        self._asked = 0
+        self._asked: set[str] = set()
+        self._counted: set[str] = set()
         self.missing: dict[str, str] = {}
 
     def send(self, tasks: Mapping[str, Task], body: bytes) -> None:
@@ -52,12 +54,13 @@ class Exchange:
             self._ledger.down(node, len(message))
             self._fabric.send(node, message)
             self._waiting[node] = task
-        self._asked = len(tasks)
+        self._asked = set(tasks)
+        self._counted = {node for node, task in tasks.items() if task.tau > 0} or self._asked
 
     def replies(self) -> Iterator[tuple[Task, Message]]:
         """Yield (task, reply) until all have answered, or quorum and grace are over, or the deadline is."""
         # Virtual nodes queue for a device: each wave of them gets the time that one node gets.
-        waves = math.ceil(self._asked / max(1, self._fabric.slots))
+        waves = math.ceil(len(self._asked) / max(1, self._fabric.slots))
         end = time.monotonic() + self._patience.deadline_s * waves + self._patience.grace_s
         grace_is_running = False
         while self._waiting:
@@ -83,8 +86,13 @@ class Exchange:
     @property
     def quorum_is_met(self) -> bool:
         """Whether enough nodes have answered with something usable."""
-        counted = self._asked - len(self._waiting) - len(self.missing)
-        return counted >= max(1, math.ceil(self._patience.quorum * self._asked))
+        usable = self._counted - self._waiting.keys() - self.missing.keys()
+        return len(usable) >= self.quorum
+
+    @property
+    def quorum(self) -> int:
+        """Nodes that must answer with something usable."""
+        return max(1, math.ceil(self._patience.quorum * len(self._counted)))
 
     def refuse(self, node: str, reason: str) -> None:
         """A yielded reply cannot be used: it no longer counts towards the quorum."""

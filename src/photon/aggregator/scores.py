@@ -23,6 +23,10 @@ class Tally:
         """Whether no owner has answered."""
         return not self._reports
 
+    def seconds(self, silo: str) -> float:
+        """What an owner's evaluation took; 0 if it made none."""
+        return self._reports[silo].seconds if silo in self._reports else 0.0
+
     def silos(self) -> dict[str, Scores]:
         """Scores by silo, in the order of their names."""
         return {name: scores_of([self._reports[name]]) for name in sorted(self._reports)}

@@ -32,11 +32,12 @@ from photon.track import Tracker
 class _Merged:
     """What a round's replies add up to."""
 
-    pseudo_gradient: dict[str, Tensor]
+    pseudo_gradient: dict[str, Tensor] = field(default_factory=dict)
     reports: dict[str, TrainingReport] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
 
 
 class Aggregator:
@@ -54,20 +55,24 @@ class Aggregator:
 
     def run(self) -> GlobalState:
         """All rounds that are left. Each is a transaction: committed whole or, after a crash, done again."""
-        if not self.store.rounds():  # the first committed state is the untrained model and its scores
-            self.evaluate()
-            self.commit()
+        if not self.store.rounds():
+            self._commit()  # round 0: the untrained model
         while self.progress.round < self.recipe.federation.rounds:
             self._round()
-            self.commit()
+            if self.progress.round == self.recipe.federation.rounds:
+                self._final_evaluation()
+            self._commit()
         return self.state()
 
     def _round(self) -> None:
-        federation, began = self.recipe.federation, time.monotonic()
+        began = time.monotonic()
         self.ledger.begin_round()
 
-        # 1. Sample nodes, send each the base, fold the replies as they come.
+        # 1. Sample nodes. Each gets the base, scores it on its held-out text if that is due, trains tau local steps
+        #    and replies with a pseudo-gradient, which is verified and folded into the merge as it arrives.
         merged = self._gather(self._sample())
+        if not merged.tally.is_empty:
+            self.tracker.write(self._evaluated(merged.tally))
         nodes_s = time.monotonic() - began
 
         # 2. The outer optimizer descends along the merged pseudo-gradient.
@@ -77,25 +82,13 @@ class Aggregator:
         outer_norm = _norm({name: before[name] - tensor for name, tensor in self.outer.weights().items()})
         self.payload = encode_tensors(self.outer.weights())
         self.model_sha256 = sha256_hex(self.payload)
-        round_tokens = sum(report.tokens for report in merged.reports.values())
-        self.progress = self.progress.after_round((self.progress.round + 1) * federation.tau, round_tokens)
-        outer_s = time.monotonic() - stepping
+        tokens = sum(report.tokens for report in merged.reports.values())
+        self.progress = self.progress.after_round((self.progress.round + 1) * self.recipe.federation.tau, tokens)
 
-        # 3. Every owner scores the new model on its held-out text.
-        evaluating = time.monotonic()
-        round_traffic = self.ledger.round
-        due = self.progress.round % self.recipe.evaluation.every == 0 or self.progress.round == federation.rounds
-        training_nodes = {node: replace(self.ledger.of(node)) for node in merged.reports}
-        evaluation = self._evaluate() if due else None
-        phases_s = {
-            "nodes": nodes_s,
-            "outer": outer_s,
-            "evaluate": time.monotonic() - evaluating,
-            "commit": self._commit_s,  # of the round before: this one's is not over when its line is written
-        }
-        self.tracker.write(self._round_event(merged, round_traffic, training_nodes, outer_norm, phases_s))
-        if evaluation is not None:
-            self.tracker.write(evaluation)
+        # 3. Say what happened; `run` commits. (This round's commit is not over when its line is written.)
+        outer_s = time.monotonic() - stepping
+        phases_s = {"nodes": nodes_s, "outer": outer_s, "commit of the round before": self._commit_s}
+        self.tracker.write(self._round_event(merged, outer_norm, phases_s))
 
     def _sample(self) -> list[NodeInfo]:
         trainers = {info.name: info for info in self.fabric.nodes() if info.trains}
@@ -106,51 +99,56 @@ class Aggregator:
 
     def _gather(self, nodes: list[NodeInfo]) -> _Merged:
         """Train on `nodes` and merge. Raises RoundFailedError if fewer than the quorum can be used."""
-        taus = {silo.name: self.recipe.tau_of(silo) for silo in self.recipe.silo}
-        tasks = {
-            info.name: self._task(info.name, "train", taus.get(info.name, self.recipe.federation.tau)) for info in nodes
-        }
+        tasks = self._tasks(nodes)
         limits = {info.name: info.tokens_per_step for info in nodes}
         uniform = self.recipe.federation.weighting == "uniform"
         base = self.outer.weights()
-        total_values = sum(tensor.numel() for tensor in base.values())
-        most = len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in tasks)
-        merge = Merge(base, most)
-        merged = _Merged({})
+        merge = Merge(base, len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in limits))
+        merged = _Merged()
         exchange = self._exchange()
         exchange.send(tasks, self.payload)
         for task, message in exchange.replies():
+            reply, node = expect_reply(message), task.node
             try:
-                norm = verify_training(message, task, limits[task.node], base)
+                if task.evaluate:
+                    merged.tally.add(node, evaluation_report(reply))
+                if task.tau == 0:
+                    continue
+                norm = verify_training(message, task, limits[node], base)
+                report = training_report(reply)
             except (ReplyRefusedError, WireError) as error:
-                exchange.refuse(task.node, str(error))
+                exchange.refuse(node, str(error))
                 continue
-            report = training_report(expect_reply(message))
             merge.fold(_update(message, base), 1 if uniform else report.tokens)
-            merged.reports[task.node], merged.norms[task.node] = report, norm
-            merged.samples[task.node] = sample_update(_update(message, base), total_values)
+            merged.reports[node], merged.norms[node] = report, norm
+            merged.samples[node] = sample_update(_update(message, base), _values(base))
         merged.missing = exchange.missing
         if not exchange.quorum_is_met:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(exchange.missing.items()))
             raise RoundFailedError(
-                f"round {self.progress.round}: {len(merged.reports)} of {len(tasks)} nodes counted, "
-                f"federation.quorum asks for {math.ceil(self.recipe.federation.quorum * len(tasks))}. {reasons}. "
+                f"round {self.progress.round}: {len(merged.reports)} of {len(nodes)} nodes counted, "
+                f"federation.quorum asks for {exchange.quorum}. {reasons}. "
                 "The rounds before are safe: mend the nodes and resume."
             )
         merged.pseudo_gradient = merge.result()
         return merged
 
-    def evaluate(self) -> None:
-        """Score the current global model at every owner and record it."""
-        event = self._evaluate()
-        if event is not None:
-            self.tracker.write(event)
+    def _tasks(self, nodes: list[NodeInfo]) -> dict[str, Task]:
+        """A train task for each sampled node; where scores are due, also an evaluate task for every other owner."""
+        taus = {silo.name: self.recipe.tau_of(silo) for silo in self.recipe.silo}
+        due = self.progress.round % self.recipe.evaluation.every == 0
+        tasks = {
+            info.name: self._task(info.name, taus.get(info.name, self.recipe.federation.tau), due and info.evaluates)
+            for info in nodes
+        }
+        others = [info.name for info in self.fabric.nodes() if info.evaluates and info.name not in tasks] if due else []
+        return tasks | {name: self._task(name, 0, evaluate=True) for name in others}
 
-    def _evaluate(self) -> Evaluated | None:
-        owners = [info.name for info in self.fabric.nodes() if info.evaluates]
-        tasks = {name: self._task(name, "evaluate", 0) for name in owners}
+    def _final_evaluation(self) -> None:
+        """Score the finished model at every owner: no round follows that would do it on the way."""
         exchange = self._exchange()
-        exchange.send(tasks, self.payload)
+        owners = [info.name for info in self.fabric.nodes() if info.evaluates]
+        exchange.send({name: self._task(name, 0, evaluate=True) for name in owners}, self.payload)
         tally = Tally()
         for task, message in exchange.replies():
             try:
@@ -158,22 +156,28 @@ class Aggregator:
             except ReplyRefusedError as error:
                 exchange.refuse(task.node, str(error))
         if exchange.missing:
-            self.tracker.note(f"no held-out score from {', '.join(sorted(exchange.missing))}: {exchange.missing}")
-        if tally.is_empty:
-            return None
+            self.tracker.note(f"the final score lacks {', '.join(sorted(exchange.missing))}: {exchange.missing}")
+        if not tally.is_empty:
+            self.progress = replace(
+                self.progress, bytes_up=self.ledger.total.bytes_up, bytes_down=self.ledger.total.bytes_down
+            )
+            self.tracker.write(self._evaluated(tally))
+
+    def _evaluated(self, tally: Tally) -> Evaluated:
+        """Scores of the base, beside what that base had cost when it was committed."""
         return Evaluated(
             time=time.time(),
-            seconds=self._seconds(),
+            seconds=self.progress.seconds,
             round=self.progress.round,
             sequential_step=self.progress.sequential_step,
             tokens=self.progress.tokens,
-            bytes_up=self.ledger.total.bytes_up,
-            bytes_down=self.ledger.total.bytes_down,
+            bytes_up=self.progress.bytes_up,
+            bytes_down=self.progress.bytes_down,
             pooled=tally.pooled(),
             silos=tally.silos(),
         )
 
-    def commit(self) -> None:
+    def _commit(self) -> None:
         """Make the current state durable: after this a crash loses nothing up to here."""
         began = time.monotonic()
         self.progress = replace(
@@ -190,14 +194,14 @@ class Aggregator:
         """The state as it would be committed now."""
         return GlobalState(self.progress, self.payload, self.outer.export_state())
 
-    def _task(self, node: str, work: str, tau: int) -> Task:
+    def _task(self, node: str, tau: int, evaluate: bool) -> Task:
         return Task(
             run=self.progress.run,
             round=self.progress.round,
             node=node,
             nonce=secrets.token_hex(8),
             base_sha256=self.model_sha256,
-            work="train" if work == "train" else "evaluate",
+            evaluate=evaluate,
             sequential_step=self.progress.sequential_step,
             tau=tau,
             deadline_s=self.recipe.federation.deadline_s,
@@ -211,14 +215,7 @@ class Aggregator:
     def _seconds(self) -> float:
         return time.monotonic() - self._clock_zero
 
-    def _round_event(
-        self,
-        merged: _Merged,
-        traffic: Traffic,
-        node_traffic: Mapping[str, Traffic],
-        outer_norm: float,
-        phases_s: dict[str, float],
-    ) -> RoundDone:
+    def _round_event(self, merged: _Merged, outer_norm: float, phases_s: dict[str, float]) -> RoundDone:
         reports = merged.reports
         tokens = sum(report.tokens for report in reports.values())
         return RoundDone(
@@ -231,14 +228,15 @@ class Aggregator:
             tokens_per_second=tokens / max(sum(phases_s.values()), 1e-9),
             bytes_up=self.ledger.total.bytes_up,
             bytes_down=self.ledger.total.bytes_down,
-            round_bytes_up=traffic.bytes_up,
-            round_bytes_down=traffic.bytes_down,
+            round_bytes_up=self.ledger.round.bytes_up,
+            round_bytes_down=self.ledger.round.bytes_down,
             train_loss=sum(reports[name].loss_mean * reports[name].tokens for name in sorted(reports)) / tokens,
             learning_rate=max(report.learning_rate for report in reports.values()),
             merged_norm=_norm(merged.pseudo_gradient),
             outer_norm=outer_norm,
             nodes={
-                name: _node_round(reports[name], merged.norms[name], node_traffic[name]) for name in sorted(reports)
+                name: _node_round(reports[name], merged.norms[name], self.ledger.of(name), merged.tally.seconds(name))
+                for name in sorted(reports)
             },
             missing=dict(sorted(merged.missing.items())),
             cosine=pairwise_cosine(merged.samples),
@@ -253,11 +251,15 @@ def _update(message: Message, base: Mapping[str, Tensor]) -> Iterator[tuple[str,
         yield name, codec.decode(name, wire, base[name])
 
 
+def _values(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
-def _node_round(report: TrainingReport, update_norm: float, traffic: Traffic) -> NodeRound:
+def _node_round(report: TrainingReport, update_norm: float, traffic: Traffic, evaluation_seconds: float) -> NodeRound:
     return NodeRound(
         tokens=report.tokens,
         steps=report.steps,
@@ -268,6 +270,7 @@ def _node_round(report: TrainingReport, update_norm: float, traffic: Traffic) ->
         clipped_steps=report.clipped_steps,
         update_norm=update_norm,
         seconds=report.seconds,
+        evaluation_seconds=evaluation_seconds,
         tokens_per_second=report.tokens / max(report.seconds, 1e-9),
         epoch=report.epoch,
         bytes_up=traffic.bytes_up,

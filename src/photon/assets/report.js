@@ -24,20 +24,19 @@
     chart.hair.style.display = "inline";
     let rows = chart.series.filter((s) => s.values[index] !== null);
     rows.sort((a, b) => Number(b.values[index]) - Number(a.values[index]));
-    const hidden = rows.length - MOST_ROWS;
-    if (hidden > 0) rows = [...rows.slice(0, MOST_ROWS / 2), null, ...rows.slice(-MOST_ROWS / 2)];
+    // Of a crowd only the highest and the lowest are told.
+    const crowd = rows.filter((s) => s.style.startsWith("crowd"));
+    const hidden = new Set(crowd.length > MOST_ROWS ? crowd.slice(MOST_ROWS / 2, -MOST_ROWS / 2) : []);
+    rows = rows.filter((s) => !hidden.has(s));
     tip.replaceChildren();
     add(tip, "p", "", chart.labels[index]);
     for (const series of rows) {
-      if (series === null) {
-        add(tip, "div", "more", `${hidden} more`);
-        continue;
-      }
       const row = add(tip, "div", "row", "");
       add(row, "i", `swatch ${series.style}`, "");
       add(row, "span", "", series.name);
       add(row, "b", "", series.values[index]);
     }
+    if (hidden.size) add(tip, "div", "more", `${hidden.size} more between them`);
     const box = svg.getBoundingClientRect();
     const at = box.left + (x / svg.viewBox.baseVal.width) * box.width;
     const left = at + tip.offsetWidth + 24 > innerWidth ? at - tip.offsetWidth - 12 : at + 12;

@@ -79,7 +79,7 @@ def _small(
         )
     hashes = [content_hash(item.document.text) for item in items]
     for wanted in (max(need, int(fraction * total)), need):
-        threshold = _nearest_threshold(items, hashes, fraction * _HASH_RANGE, (wanted, total - need))
+        threshold = _nearest_threshold(items, hashes, fraction * _HASH_RANGE, (wanted, total // 2))
         if threshold is None:
             continue
         yield from ((item, key <= threshold) for item, key in zip(items, hashes, strict=True))

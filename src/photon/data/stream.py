@@ -39,6 +39,8 @@ class Stream:
         node: str,
     ) -> None:
         """`weights` per source, by default their numbers of sequences; DataError for a source without a sequence."""
+        if weights is not None and len(weights) != len(sources):
+            raise DataError(f"silo {node}: {len(weights)} weights for {len(sources)} sources")
         self._sources = list(sources)
         self._length = sequence_length
         self._seed = seed
@@ -109,7 +111,7 @@ def _places(weights: Sequence[Fraction]) -> NDArray[np.int64]:
         shares = [weight * CYCLE_LIMIT / total for weight in whole]
         places = [max(1, int(share)) if weight else 0 for weight, share in zip(whole, shares, strict=True)]
         by_remainder = sorted(range(len(whole)), key=lambda i: (places[i] - shares[i], i))
-        for index in by_remainder[: CYCLE_LIMIT - sum(places)]:
+        for index in by_remainder[: max(0, CYCLE_LIMIT - sum(places))]:
             places[index] += 1
         whole = places
     return np.array(whole, dtype=np.int64)

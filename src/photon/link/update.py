@@ -37,12 +37,12 @@ class _Header(BaseModel):
 
 
 class Task(_Header):
-    """Down: train `tau` local steps from the base in the body, or evaluate that base on held-out text."""
+    """Down: score the base in the body on held-out text if asked, then train `tau` local steps from it."""
 
     kind: Literal["task"] = "task"
-    work: Literal["train", "evaluate"]
+    evaluate: bool = Field(description="Score the base before training; the body need not be sent a second time.")
     sequential_step: Natural = Field(description="t * tau: where the learning-rate schedule stands.")
-    tau: Natural
+    tau: Natural = Field(description="Local steps; 0 = only evaluate.")
     deadline_s: Number = Field(gt=0, description="A node hands in what it has after so many seconds.")
 
 
@@ -72,6 +72,7 @@ class EvaluationReport(BaseModel):
     tokens: Natural
     text_bytes: Number = Field(ge=0, description="UTF-8 bytes those tokens stand for.")
     unigram_nats: Number = Field(description="Cross-entropy of the same tokens under the silo's unigram.")
+    seconds: Number = 0.0
 
 
 class Reply(_Header):

@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from photon.config import ModelConfig
 from photon.errors import ConfigError
 from photon.model.base import LanguageModel
 from photon.model.loss import linear_cross_entropy
+
+if TYPE_CHECKING:  # flex_attention takes longer to import than the rest of torch, and only CUDA uses it
+    from torch.nn.attention.flex_attention import BlockMask
 
 NORM_EPS = 1e-5  # one value for every norm, the default of the families we export to
 
@@ -68,6 +70,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     """flex_attention is a fused kernel only when compiled; built at its first use, and only on CUDA."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 
@@ -91,6 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     slopes = positions.slopes
     if slopes is not None:
+        from torch.nn.attention.flex_attention import flex_attention
 
         def alibi(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return score + slopes[head] * (key - query)
@@ -267,6 +272,7 @@ class Decoder(LanguageModel):
         slopes = self.get_buffer("slopes")
         if not slopes.is_cuda:
             return Positions(bias=alibi_bias(slopes, length))
+        from torch.nn.attention.flex_attention import create_block_mask
 
         def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return query >= key

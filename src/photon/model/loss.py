@@ -61,7 +61,8 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """`rows` of N at a time, matrix products in `dtype`; `hidden` and `weight` as they are stored."""
-    loss: Tensor = _Chunked.apply(hidden, weight, targets, rows, dtype)  # type: ignore[no-untyped-call]  # torch's
+    wants_gradients = torch.is_grad_enabled()  # inside `forward` it is always off
+    loss: Tensor = _Chunked.apply(hidden, weight, targets, rows, dtype, wants_gradients)
     return loss
 
 
@@ -69,9 +70,10 @@ class _Chunked(torch.autograd.Function):
     """Loss and gradients in one pass over the pieces: the gradients take the logits' place, none are kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, wants_gradients: bool
+    ) -> Tensor:
         count = hidden.shape[0]
-        wants_gradients = any(ctx.needs_input_grad)
         matrix = weight.to(dtype)
         loss = torch.zeros((), dtype=_at_least_float32(dtype), device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
@@ -91,9 +93,9 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return outer * hidden_grad, outer * weight_grad, None, None, None
+        return outer * hidden_grad, outer * weight_grad, None, None, None, None
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

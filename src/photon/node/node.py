@@ -59,6 +59,7 @@ def held_out(reader: ShardReader, sequence_length: int, max_sequences: int) -> H
 
 def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> EvaluationReport:
     """Held-out sums of the trainer's current weights over all `parts`."""
+    began = time.monotonic()
     nats, tokens, text_bytes, unigram_nats = 0.0, 0, 0.0, 0.0
     for part in parts:
         part_nats, part_tokens = trainer.evaluate(part.sequences, batch_size)
@@ -66,7 +67,13 @@ def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> Evalua
         tokens += part_tokens
         text_bytes += part_tokens * part.bytes_per_token
         unigram_nats += part_tokens * part.unigram_loss
-    return EvaluationReport(nats=nats, tokens=tokens, text_bytes=text_bytes, unigram_nats=unigram_nats)
+    return EvaluationReport(
+        nats=nats,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        unigram_nats=unigram_nats,
+        seconds=time.monotonic() - began,
+    )
 
 
 class Node:
@@ -91,24 +98,26 @@ class Node:
             raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
         base = decode_tensors(message.body)
         load_weights(self.trainer.model, base)
-        if task.work == "evaluate":
+        evaluation = None
+        if task.evaluate:
             on_progress(NodeProgress(node=task.node, round=task.round, state="evaluating"))
-            return encode_message(self._reply(task, evaluation=score(self.trainer, self.site.heldout, self.evaluation_batch_size)))
-        return self._train(task, base, received + task.deadline_s, on_progress)
+            evaluation = score(self.trainer, self.site.heldout, self.evaluation_batch_size)
+        if task.tau == 0:
+            return encode_message(self._reply(task, None, evaluation))
+        training, body = self._train(task, base, received + task.deadline_s, on_progress)
+        return encode_message(self._reply(task, training, evaluation), body)
 
     def _train(
         self, task: Task, base: dict[str, Tensor], deadline: float, on_progress: Callable[[NodeProgress], None]
-    ) -> bytes:
-        """tau local steps from the base on this node's own stream; commit own state; hand in the update."""
+    ) -> tuple[TrainingReport, bytes]:
+        """tau local steps from the base on this node's own stream; commit own state; give the update."""
         state = self.site.store.load(self.run, self.site.name, task.round)
         keep = self.config.optimizer_state == "keep"
         import_state(self.trainer.optimizer, self.trainer.model, state.optimizer if keep else {})
 
         def on_step(step: int, loss: float) -> bool:
             on_progress(
-                NodeProgress(
-                    node=task.node, round=task.round, state="training", step=step, steps=task.tau, loss=loss
-                )
+                NodeProgress(node=task.node, round=task.round, state="training", step=step, steps=task.tau, loss=loss)
             )
             return time.monotonic() < deadline  # late: hand in what there is, weighted by its tokens
 
@@ -139,7 +148,7 @@ class Node:
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
         self.site.store.commit(after, task.round + 1)
         on_progress(NodeProgress(node=task.node, round=task.round, state="sending", step=local.steps, steps=task.tau))
-        return encode_message(self._reply(task, training=report), body)
+        return report, body
 
     @torch.no_grad()
     def _update(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,9 +164,7 @@ class Node:
         codec = CODECS[self.link.up]
         return {name: codec.encode(delta).cpu() for name, delta in update.items()}
 
-    def _reply(
-        self, task: Task, training: TrainingReport | None = None, evaluation: EvaluationReport | None = None
-    ) -> Reply:
+    def _reply(self, task: Task, training: TrainingReport | None, evaluation: EvaluationReport | None) -> Reply:
         return Reply(
             run=task.run,
             round=task.round,

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from photon.events import Evaluated, Event, RoundDone, Sampled, Scores, parse_event
+
+MakeEvents = Callable[..., list[Event]]
+
+
+def test_every_kind_of_event_reads_back_equal(make_events: MakeEvents) -> None:
+    events = make_events(missing={2: {"bob": "no reply within 60 s"}})
+    assert {e.event for e in events} == {"run_started", "evaluation", "round", "sample", "run_finished"}
+    for event in events:
+        assert parse_event(event.model_dump_json()) == event
+
+
+@given(text=st.text(), prompt=st.text())
+def test_a_sample_of_any_text_is_one_line_and_reads_back_equal(text: str, prompt: str) -> None:
+    sample = Sampled(time=1.0, seconds=0.0, round=0, prompt=prompt, text=text)
+    line = sample.model_dump_json()
+    assert "\n" not in line
+    assert parse_event(line) == sample
+
+
+def test_kinds_and_keys_are_closed(make_events: MakeEvents) -> None:
+    line = json.loads(make_events()[0].model_dump_json())
+    for wrong in ({**line, "event": "other"}, {**line, "surprise": 1}, {k: v for k, v in line.items() if k != "tau"}):
+        with pytest.raises(ValidationError):
+            parse_event(json.dumps(wrong))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_losses_of_a_diverged_run_read_back(make_events: MakeEvents, value: float) -> None:
+    """JSON has no NaN: written as null, the event could not be read again."""
+    scores = Scores(loss=value, perplexity=value, bits_per_byte=value, unigram_excess=value, tokens=1)
+    for event in make_events():
+        if isinstance(event, Evaluated):
+            event = event.model_copy(update={"pooled": scores, "silos": {"alice": scores}})
+        elif isinstance(event, RoundDone):
+            nodes = {name: node.model_copy(update={"loss_last": value}) for name, node in event.nodes.items()}
+            event = event.model_copy(update={"train_loss": value, "cosine": [[value]], "nodes": nodes})
+        line = event.model_dump_json()
+        assert "NaN" not in line.replace('"NaN"', "")  # strict JSON, for readers in other languages
+        back = parse_event(line)
+        assert repr(back) == repr(event)  # NaN differs from itself, so compare what is shown

@@ -37,6 +37,7 @@ def made_up_node(index: int, round_number: int, tau: int) -> NodeRound:
         clipped_steps=tau // 4,
         update_norm=2.0 / math.sqrt(round_number) + 0.1 * index,
         seconds=7.0 + 0.3 * (index % 5),
+        evaluation_seconds=0.5,
         tokens_per_second=1000 * tau / 7.0,
         epoch=0.05 * round_number,
         bytes_up=PAYLOAD_BYTES,
@@ -89,7 +90,7 @@ def made_up_round(names: Sequence[str], round_number: int, tau: int, missing: di
         nodes={name: made_up_node(names.index(name), round_number, tau) for name in present},
         missing=missing,
         cosine=cosine,
-        phases_s={"nodes": 8.0, "merge": 0.3, "outer": 0.1, "evaluate": 1.2, "commit": 0.2},
+        phases_s={"nodes": 9.0, "outer": 0.1, "commit of the round before": 0.2},
     )
 
 
@@ -120,22 +121,23 @@ def made_up_run(
             workers=2,
             threads=1,
         ),
-        made_up_evaluation(names, 0, tau),
         Sampled(time=1.7e9, seconds=0.0, round=0, prompt="def ", text=" ,, the)) of\n((,,"),
     ]
     for number in range(1, rounds + 1):
-        if number % every == 0 or number == planned:
-            events.append(made_up_evaluation(names, number, tau))
+        # As the Aggregator does it: nodes score a round's model while they do the next round.
+        if (number - 1) % every == 0:
+            events.append(made_up_evaluation(names, number - 1, tau))
         events.append(made_up_round(names, number, tau, (missing or {}).get(number, {})))
     if rounds == planned:
         end_s = ROUND_SECONDS * rounds
+        events.append(made_up_evaluation(names, rounds, tau))
         sample = "main(argv):\n    return 0\n"
         events.append(Sampled(time=1.7e9 + end_s, seconds=end_s, round=rounds, prompt="def ", text=sample))
         events.append(RunFinished(time=1.7e9 + end_s, seconds=end_s, round=rounds, model_sha256="ab" * 32))
     return events
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_events() -> MakeEvents:
     """`made_up_run`, for tests that read a run's events."""
     return made_up_run

@@ -36,10 +36,10 @@ def test_significant_keeps_three_digits(value: float) -> None:
     assert "e" not in significant(value)
 
 
-@given(st.floats(min_value=0, max_value=1e15))
+@given(st.floats(min_value=0, max_value=9.99e14))
 def test_count_never_shows_a_thousand_of_a_smaller_unit(value: float) -> None:
     number = count(value).rstrip("kMGT")
-    assert float(number) < 1000 or value >= 1e15
+    assert float(number) < 1000
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

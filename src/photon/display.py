@@ -65,8 +65,6 @@ class RunView:
             self.last, self._round_began_s = event, event.seconds
         elif isinstance(event, Evaluated):
             self.evaluations.append(event)
-            if event.round == self.rounds_done:  # an evaluation between rounds is no part of the next one
-                self._round_began_s = event.seconds
         elif isinstance(event, RunFinished):
             self.finish = event
 
@@ -89,13 +87,16 @@ class RunView:
 class PlainDisplay:
     """One line a round, for logs and pipes: no colours, no cursor movement, every line flushed.
 
-    Data preparation is told in a line at most every 2 s. `clock` returns seconds (monotonic).
+    Data preparation is told in a line at most every 2 s. `clock` returns seconds (monotonic). When the reader of a pipe
+    leaves (`photon train | head`), the display falls silent and the run goes on: metrics.jsonl has every number.
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._clock = clock
         self._view = RunView()
+        self._untold: Evaluated | None = None
+        self._reader_left = False
         self._data_line_at_s = float("-inf")
         self._lock = RLock()
 
@@ -106,13 +107,15 @@ class PlainDisplay:
             if isinstance(event, RunStarted):
                 self._print(started_line(event))
             elif isinstance(event, RoundDone):
-                evaluation = self._view.evaluations[-1] if self._view.evaluations else None
-                heldout = evaluation if evaluation is not None and evaluation.round == event.round else None
-                self._print(self._round_line(event, heldout))
+                self._print(self._round_line(event, self._untold))
+                self._untold = None
             elif isinstance(event, Evaluated):
-                # The evaluation of the round in work is told in that round's line.
-                if event.round <= self._view.rounds_done:
+                # Nodes score the model of one round while they do the next, so that round's line tells it. The first
+                # and the last score stand alone.
+                if event.round == 0 or (self._view.start is not None and event.round >= self._view.start.rounds):
                     self._print(_evaluation_line(event))
+                else:
+                    self._untold = event
             elif isinstance(event, RunFinished):
                 self._print(
                     f"finished after {event.round} rounds in {duration(event.seconds)}  model {event.model_sha256[:12]}"
@@ -145,14 +148,15 @@ class PlainDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.flush()
+        """Nothing to undo: every line was flushed."""
 
     def _round_line(self, event: RoundDone, heldout: Evaluated | None) -> str:
         planned = self._view.start.rounds if self._view.start is not None else "?"
         left_s = self._view.seconds_left
         loss = f"loss {event.train_loss:.2f} train"
         if heldout is not None:
-            loss += f" {heldout.pooled.loss:.2f} held-out  {heldout.pooled.bits_per_byte:.2f} bpb"
+            of = "" if heldout.round == event.round else f" (of round {heldout.round})"
+            loss += f" {heldout.pooled.loss:.2f} held-out{of}  {heldout.pooled.bits_per_byte:.2f} bpb"
         parts = [
             f"round {event.round}/{planned}",
             f"step {event.sequential_step}",
@@ -167,10 +171,15 @@ class PlainDisplay:
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
+        if self._reader_left:
+            return
         # A stream that cannot show a letter (LANG=C) must not end a run.
         encoding = self._stream.encoding or "utf-8"
-        self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            self._stream.flush()
+        except OSError:
+            self._reader_left = True
 
 
 def open_display(stream: TextIO) -> Display:

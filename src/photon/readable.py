@@ -17,8 +17,9 @@ def significant(value: float, digits: int = 3) -> str:
         return f"{value:g}"
     if abs(value) >= 1e6:
         return f"{value:.{digits - 1}e}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{decimals}f}"
+    # The exponent is read off the rounded number: 9.996 has one digit more before the point than it seems.
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    return f"{value:.{max(0, digits - 1 - exponent)}f}"
 
 
 def count(value: float) -> str:
@@ -31,13 +32,14 @@ def byte_size(size_bytes: float) -> str:
     return _scaled(size_bytes, " ", "B")
 
 
-def _scaled(value: float, gap: str, unit: str) -> str:
+def _scaled(number_of_things: float, gap: str, unit: str) -> str:
+    value = float(number_of_things)
     for scale, letter in _SCALES:
-        # Chosen after rounding: 999,999 is 1.00M, not 1000k.
+        # The scale is chosen after rounding: 999,999 is 1.00M, not 1000k.
         if math.isfinite(value) and abs(value) >= 0.9995 * scale:
             return f"{significant(value / scale)}{gap}{letter}{unit}"
-    whole = f"{value:.0f}" if value == int(value) or abs(value) >= 100 else significant(value)
-    return f"{whole}{gap}{unit}"
+    number = f"{value:.0f}" if value.is_integer() else significant(value)
+    return f"{number}{gap}{unit}"
 
 
 def duration(seconds: float) -> str:

@@ -19,11 +19,9 @@ _MOST_POINTS = 240
 _MOST_MISSING_ROWS = 200
 _UNTOLD_SHARE = 0.005
 _PHASE_WORDS = {
-    "nodes": "nodes: sending, local training, waiting for replies",
-    "merge": "merging the updates",
+    "nodes": "nodes: exchange, evaluation, local training",
     "outer": "outer step",
-    "evaluate": "held-out evaluation",
-    "commit": "committing the state",
+    "commit of the round before": "committing the state",
 }
 
 
@@ -230,6 +228,7 @@ class NodeRow:
     tokens: int
     steps: int
     seconds: float
+    evaluation_seconds: float
     tokens_per_second: float
     epoch: float
     clipped: float
@@ -257,6 +256,7 @@ def _node_row(name: str, rounds: Sequence[NodeRound], missed: int) -> NodeRow:
         tokens=tokens,
         steps=steps,
         seconds=seconds,
+        evaluation_seconds=sum(r.evaluation_seconds for r in rounds),
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         epoch=max((r.epoch for r in rounds), default=0.0),
         clipped=sum(r.clipped_steps for r in rounds) / steps if steps else 0.0,
@@ -283,7 +283,7 @@ def phase_rows(run: Run) -> list[PhaseRow]:
     total = max(run.summary.seconds, told)
     rows = [PhaseRow(_PHASE_WORDS.get(name, name), s, s / total if total else 0.0) for name, s in seconds.items()]
     if total and (total - told) / total > _UNTOLD_SHARE:
-        rest = PhaseRow("outside rounds: start-up, first evaluation, samples", total - told, (total - told) / total)
+        rest = PhaseRow("outside rounds: start-up, last evaluation, samples", total - told, (total - told) / total)
         rows.append(rest)
     return rows
 
@@ -323,7 +323,7 @@ def lede(run: Run) -> str:
     rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''} of {summary.tau} local steps"
     together = " together" if summary.nodes > 1 else ""
     sentence = f"{who} trained a language model of {count(summary.parameters)} parameters{together}, in {rounds}."
-    if summary.bytes_ratio is None:
+    if summary.bytes_ratio is None or summary.nodes == 1:  # one node may hold the text of many owners
         return sentence
     moved = byte_size(summary.bytes_up + summary.bytes_down)
     fewer = f"{significant(summary.bytes_ratio)} times fewer bytes than gradients exchanged at every step"

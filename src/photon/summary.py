@@ -98,7 +98,10 @@ def summarise(events: Sequence[Event]) -> Summary:
     finish = next((e for e in reversed(events) if isinstance(e, RunFinished)), None)
     last = rounds[-1] if rounds else None
     tokens, steps = (last.tokens, last.sequential_step) if last else (0, 0)
-    bytes_up, bytes_down = (last.bytes_up, last.bytes_down) if last else (0, 0)
+    # The evaluation after the last round moves the model once more, and says so itself.
+    totals = [*rounds, *evaluations]
+    bytes_up = max((e.bytes_up for e in totals), default=0)
+    bytes_down = max((e.bytes_down for e in totals), default=0)
     seconds = max(e.seconds for e in events)
     # Per-step training through a centre sends each node's float32 gradient up and the mean down at every step.
     # (A ring of N nodes moves (N - 1) / N of that.)

@@ -199,7 +199,7 @@ class Tracker:
         for display in list(self._displays):
             try:
                 action(display)
-            except OSError:  # its terminal or pipe is gone: there is nowhere left to say so
+            except OSError:  # its terminal is gone: there is nowhere left to say so
                 self._displays.remove(display)
 
 

@@ -34,7 +34,7 @@ def by_definition(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def error(form: Form, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
-    """Largest difference to the definition, of the value and both gradients (through a factor, as with micro-batches)."""
+    """Largest difference to the definition, of the value and both gradients, through a factor as with micro-batches."""
     got = 3 * form(hidden, weight, targets)
     expected = 3 * by_definition(hidden, weight, targets)
     pairs = zip(
@@ -42,7 +42,7 @@ def error(form: Form, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
         (expected, *torch.autograd.grad(expected, (hidden, weight))),
         strict=True,
     )
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 @given(rows=st.integers(1, 23), vocab=st.integers(2, 40), piece=st.integers(1, 25))

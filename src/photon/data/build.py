@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
     """
     base = (root or Path.cwd()).resolve()
     work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
-    sources = {silo.name: [_found(silo, spec, base) for spec in silo.text] for silo in recipe.silo}
+    sources = {silo.name: [work.found(silo, spec) for spec in silo.text] for silo in recipe.silo}
     tokenizer, tokenizer_folder = work.tokenizer(sources)
     silos = {
         name: SiloData(
@@ -77,13 +77,6 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
     return Prepared(tokenizer, tokenizer_folder, silos)
 
 
-def _found(silo: SiloConfig, spec: str, base: Path) -> Source:
-    try:
-        return open_source(spec, silo.field, base)
-    except DataError as error:
-        raise DataError(f"silo {silo.name}: {error}") from error
-
-
 @dataclass(frozen=True)
 class _Workplace:
     """The options, the folder and the listener of one preparation."""
@@ -92,6 +85,18 @@ class _Workplace:
     base: Path
     folder: Path
     report: Report
+
+    def found(self, silo: SiloConfig, spec: str) -> Source:
+        """A source of `silo`, without what this preparation itself keeps in a folder that the source names."""
+        own = (self.folder / _TOKENIZERS, self.folder / _SILOS)
+        try:
+            source = open_source(spec, silo.field, self.base)
+            files = tuple(path for path in source.files if not any(path.is_relative_to(folder) for folder in own))
+            if source.files and not files:
+                raise DataError(f"{spec}: only files that Photon built are there; name a folder of text")
+        except DataError as error:
+            raise DataError(f"silo {silo.name}: {error}") from error
+        return replace(source, files=files)
 
     def tokenizer(self, silos: dict[str, list[Source]]) -> tuple[Tokenizer, Path]:
         """The tokenizer of the recipe and its folder: trained, found from last time, or taken from elsewhere."""

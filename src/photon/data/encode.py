@@ -18,7 +18,9 @@ _CHUNK_BYTES = 1 << 18
 _CHUNK_DOCUMENTS = 512
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Generator[Encoded]:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
+) -> Generator[Encoded, None, None]:
     """Each document with its ids and an end-of-text, in order; `workers` threads encode, a few chunks are in flight.
 
     Threads suffice: the library encodes a batch without the GIL. Its own thread pool is held off meanwhile.

@@ -136,7 +136,7 @@ def _from_transformers(source: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(source)
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise DataError(
             f"data.tokenizer = {source!r}: no tokenizer can be loaded from this folder or hub id "

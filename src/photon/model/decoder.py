@@ -24,7 +24,7 @@ from photon.model.loss import linear_cross_entropy
 if TYPE_CHECKING:  # flex_attention takes longer to import than the rest of torch, and only CUDA uses it
     from torch.nn.attention.flex_attention import BlockMask
 
-NORM_EPS = 1e-5  # one value for every norm, the default of the families we export to
+NORM_EPS = 1e-5  # of every norm; only a model loaded from elsewhere has another
 
 
 def mlp_width(config: ModelConfig) -> int:
@@ -72,7 +72,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     """flex_attention is a fused kernel only when compiled; built at its first use, and only on CUDA."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled
 
 
@@ -113,23 +113,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
 class Norm(nn.Module):
     """LayerNorm without bias, or RMSNorm, over the last dimension, in the weight's own precision (float32)."""
 
-    def __init__(self, width: int, kind: str) -> None:
+    def __init__(self, width: int, kind: str, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.kind = kind
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., width]; the result has the weight's dtype, also under autocast."""
         x = x.to(self.weight.dtype)
         if self.kind == "rmsnorm":
-            return functional.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
-        return functional.layer_norm(x, self.weight.shape, self.weight, None, NORM_EPS)
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.layer_norm(x, self.weight.shape, self.weight, None, self.eps)
 
 
 class Attention(nn.Module):
     """Multi-head attention, with fewer key/value heads if grouped; four separate matrices (Muon needs them so)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, norm_eps: float) -> None:
         super().__init__()
         self.head_width = config.width // config.heads
         kv_width = self.head_width * (config.kv_heads or config.heads)
@@ -137,8 +138,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        self.q_norm = Norm(self.head_width, config.norm) if config.qk_norm else nn.Identity()
-        self.k_norm = Norm(self.head_width, config.norm) if config.qk_norm else nn.Identity()
+        self.q_norm = Norm(self.head_width, config.norm, norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(self.head_width, config.norm, norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """Attend within `x` [B, T, d]; returns [B, T, d], to be added to the residual stream."""
@@ -175,11 +176,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm Transformer block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, norm_eps: float) -> None:
         super().__init__()
-        self.input_layernorm = Norm(config.width, config.norm)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = Norm(config.width, config.norm)
+        self.input_layernorm = Norm(config.width, config.norm, norm_eps)
+        self.self_attn = Attention(config, norm_eps)
+        self.post_attention_layernorm = Norm(config.width, config.norm, norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
@@ -196,15 +197,16 @@ class Decoder(LanguageModel):
     (GPT-2), every norm at one. RoPE and learned positions reach `sequence_length` tokens, ALiBi any number.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, sequence_length: int, norm_eps: float = NORM_EPS) -> None:
         super().__init__()
         self.config = config
+        self.norm_eps = norm_eps
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
         self.embed_positions = nn.Embedding(sequence_length, config.width) if config.positions == "learned" else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = Norm(config.width, config.norm)
+        self.layers = nn.ModuleList(Block(config, norm_eps) for _ in range(config.layers))
+        self.norm = Norm(config.width, config.norm, norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
         # Tables follow from the config, so they are neither saved nor sent.
         if config.positions == "rope":

@@ -162,11 +162,13 @@ def decoder_from_hf(folder: Path) -> Decoder:
     settings = _auto_config(str(folder))
     config, vocab_size, sequence_length = _shape_of(settings, folder)
     family = check_exportable(config)
-    _require_equal(family.settings(config, vocab_size, sequence_length), settings.to_dict(), f"{folder}/config.json")
+    norm_eps = float(getattr(settings, family.eps))
+    wanted = family.settings(config, vocab_size, sequence_length, norm_eps)
+    _require_equal(wanted, settings.to_dict(), f"{folder}/config.json")
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors = from_hf(family, config, network.state_dict())
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
-        decoder = Decoder(config, vocab_size, sequence_length)
+        decoder = Decoder(config, vocab_size, sequence_length, norm_eps)
     decoder.load_state_dict(tensors)
     return decoder
 
@@ -183,6 +185,10 @@ def _auto_config(source: str) -> Any:
 def _settings(source: str, weights: str, vocab_size: int, sequence_length: int) -> Any:
     """transformers' config of the model at `source`, fitted to the run or refused (ConfigError)."""
     settings = _auto_config(source)
+    if not hasattr(settings, "vocab_size"):
+        raise ConfigError(
+            f"model.hf = {source!r} is no plain language model (a {settings.model_type!r} has other inputs)"
+        )
     longest = min((n for key in _LENGTHS if (n := getattr(settings, key, None)) is not None), default=sequence_length)
     if weights == "pretrained":
         rows = settings.vocab_size
@@ -293,7 +299,7 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
 def _write_decoder(model: Decoder, family: Family, tokens: dict[str, int | None], folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    settings = family.settings(model.config, model.vocab_size, model.sequence_length)
+    settings = family.settings(model.config, model.vocab_size, model.sequence_length, model.norm_eps)
     hf_config = AutoConfig.for_model(
         family.model_type, **settings, **tokens, architectures=[family.architecture], dtype="float32"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from photon.config import ModelConfig
 from photon.errors import ConfigError
-from photon.model.decoder import NORM_EPS, mlp_width
+from photon.model.decoder import mlp_width
 
 Setting = int | float | str | bool | None | dict[str, "Setting"]
 Settings = dict[str, Setting]
@@ -43,8 +43,9 @@ class Family:
 
     model_type: str
     architecture: str
+    eps: str  # what it calls the epsilon of its norms
     sizes: Callable[[ModelConfig, int, int], Settings]  # (config, vocab_size, sequence_length), in its own words
-    fixed: Settings  # what makes this architecture our decoder: activation, epsilon, no biases
+    fixed: Settings  # what makes this architecture our decoder: activation, no biases
     blocks: str = "model.layers"
     names: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs, where they differ
     fused_qkv: str = ""  # their one matrix for q, k and v: stacked, unless `qkv_by_head`
@@ -54,9 +55,10 @@ class Family:
     grouped: bool = True  # allows fewer key/value heads than heads
     mlp_ratio: int | None = None  # MLP width fixed at so many times the width
 
-    def settings(self, config: ModelConfig, vocab_size: int, sequence_length: int) -> Settings:
+    def settings(self, config: ModelConfig, vocab_size: int, sequence_length: int, norm_eps: float) -> Settings:
         """The content of config.json, less the token ids."""
         return {
+            self.eps: norm_eps,
             **self.sizes(config, vocab_size, sequence_length),
             **self.fixed,
             "tie_word_embeddings": config.tied,
@@ -104,9 +106,8 @@ def _gpt2_sizes(config: ModelConfig, vocab_size: int, sequence_length: int) -> S
     }
 
 
-_RMS: Settings = {"rms_norm_eps": NORM_EPS, "attention_bias": False}
+_RMS: Settings = {"attention_bias": False}
 _STABLELM: Settings = {
-    "layer_norm_eps": NORM_EPS,
     "hidden_act": "silu",
     "use_qkv_bias": False,
     "use_parallel_residual": False,
@@ -118,9 +119,9 @@ FAMILIES: Mapping[tuple[str, str, str, bool], Family] = {
     ("alibi", "layernorm", "gelu", False): Family(
         "mpt",
         "MptForCausalLM",
+        "layer_norm_epsilon",
         _mpt_sizes,
         {
-            "layer_norm_epsilon": NORM_EPS,
             "no_bias": True,
             "logit_scale": None,
             "attn_config": {"alibi": True, "alibi_bias_max": 8, "softmax_scale": None, "clip_qkv": None},
@@ -142,9 +143,9 @@ FAMILIES: Mapping[tuple[str, str, str, bool], Family] = {
     ("learned", "layernorm", "gelu", False): Family(
         "gpt2",
         "GPT2LMHeadModel",
+        "layer_norm_epsilon",
         _gpt2_sizes,
         {
-            "layer_norm_epsilon": NORM_EPS,
             "activation_function": "gelu",
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -169,17 +170,22 @@ FAMILIES: Mapping[tuple[str, str, str, bool], Family] = {
         grouped=False,
     ),
     ("rope", "rmsnorm", "swiglu", False): Family(
-        "llama", "LlamaForCausalLM", _usual_sizes, {**_RMS, "hidden_act": "silu", "mlp_bias": False}
+        "llama", "LlamaForCausalLM", "rms_norm_eps", _usual_sizes, {**_RMS, "hidden_act": "silu", "mlp_bias": False}
     ),
     ("rope", "rmsnorm", "swiglu", True): Family(
-        "qwen3", "Qwen3ForCausalLM", _usual_sizes, {**_RMS, "hidden_act": "silu", "use_sliding_window": False}
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "rms_norm_eps",
+        _usual_sizes,
+        {**_RMS, "hidden_act": "silu", "use_sliding_window": False},
     ),
     ("rope", "rmsnorm", "gelu", False): Family(
-        "arcee", "ArceeForCausalLM", _usual_sizes, {**_RMS, "hidden_act": "gelu", "mlp_bias": False}
+        "arcee", "ArceeForCausalLM", "rms_norm_eps", _usual_sizes, {**_RMS, "hidden_act": "gelu", "mlp_bias": False}
     ),
     ("rope", "rmsnorm", "gelu", True): Family(
         "apertus",
         "ApertusForCausalLM",
+        "rms_norm_eps",
         _usual_sizes,
         {**_RMS, "hidden_act": "gelu"},
         names={"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
@@ -187,15 +193,17 @@ FAMILIES: Mapping[tuple[str, str, str, bool], Family] = {
     ("rope", "layernorm", "gelu", False): Family(
         "starcoder2",
         "Starcoder2ForCausalLM",
+        "norm_epsilon",
         _usual_sizes,
-        {"norm_epsilon": NORM_EPS, "hidden_act": "gelu", "use_bias": False, "sliding_window": None},
+        {"hidden_act": "gelu", "use_bias": False, "sliding_window": None},
         names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
     ),
     ("rope", "layernorm", "gelu", True): Family(
         "persimmon",
         "PersimmonForCausalLM",
+        "layer_norm_eps",
         _usual_sizes,
-        {"layer_norm_eps": NORM_EPS, "hidden_act": "gelu", "qk_layernorm": True},
+        {"hidden_act": "gelu", "qk_layernorm": True},
         names={
             "norm": "model.final_layernorm",
             "self_attn.o_proj": "self_attn.dense",
@@ -208,11 +216,12 @@ FAMILIES: Mapping[tuple[str, str, str, bool], Family] = {
         grouped=False,
     ),
     ("rope", "layernorm", "swiglu", False): Family(
-        "stablelm", "StableLmForCausalLM", _usual_sizes, {**_STABLELM, "qk_layernorm": False}
+        "stablelm", "StableLmForCausalLM", "layer_norm_eps", _usual_sizes, {**_STABLELM, "qk_layernorm": False}
     ),
     ("rope", "layernorm", "swiglu", True): Family(
         "stablelm",
         "StableLmForCausalLM",
+        "layer_norm_eps",
         _usual_sizes,
         {**_STABLELM, "qk_layernorm": True},
         names=_HEAD_NORMS,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LOGITS_BYTES = 256 * 2**20  # float32 logits in flight, off the CPU
+LOGITS_BYTES = 512 * 2**20  # float32 logits in flight, off the CPU
 CPU_ROWS = 512  # tokens per piece on the CPU: fewer starve the matrix product, more leave the cache
 
 
@@ -73,29 +73,30 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, wants_gradients: bool
     ) -> Tensor:
-        count = hidden.shape[0]
         matrix = weight.to(dtype)
-        loss = torch.zeros((), dtype=_at_least_float32(dtype), device=hidden.device)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = torch.zeros_like(weight)
-        for start in range(0, count, rows):
+        total = torch.zeros((), dtype=_at_least_float32(dtype), device=hidden.device)
+        hidden_grad = torch.empty_like(hidden if wants_gradients else hidden[:0])
+        weight_grad = torch.zeros_like(weight if wants_gradients else weight[:0])
+        for start in range(0, hidden.shape[0], rows):
             piece = hidden[start : start + rows].to(dtype)  # [r, d]
             answers = targets[start : start + rows, None]  # [r, 1]
-            log_odds = (piece @ matrix.T).to(loss.dtype).log_softmax(1)  # [r, V]
-            loss -= log_odds.gather(1, answers).sum() / count
-            if wants_gradients:  # d loss / d logits = (softmax - one-hot) / N
-                logits_grad = log_odds.exp_().scatter_add_(1, answers, torch.full_like(answers, -1, dtype=loss.dtype))
-                logits_grad = (logits_grad / count).to(dtype)
+            log_odds = (piece @ matrix.T).to(total.dtype).log_softmax(1)  # [r, V]
+            total -= log_odds.gather(1, answers).sum()
+            if wants_gradients:  # of the sum of losses, by the logits: softmax - one-hot
+                minus_one = torch.full_like(answers, -1, dtype=total.dtype)
+                logits_grad = log_odds.exp_().scatter_add_(1, answers, minus_one).to(dtype)
                 hidden_grad[start : start + rows] = logits_grad @ matrix
                 weight_grad += logits_grad.T @ piece
         ctx.save_for_backward(hidden_grad, weight_grad)
-        return loss
+        ctx.count = hidden.shape[0]
+        return total / ctx.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return outer * hidden_grad, outer * weight_grad, None, None, None, None
+        scale = outer / ctx.count
+        return scale * hidden_grad, scale * weight_grad, None, None, None, None
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

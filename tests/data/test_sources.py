@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from photon.data import files
+from photon.data.document import Document
+from photon.data.sources import Source, limited, open_source, read_source
+from photon.errors import DataError
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+TEXT = "First line, naïve.\nSecond line 日本.\n"
+
+
+def texts(spec: Path | str, field: str = "text", max_bytes: int | None = None) -> list[str]:
+    return [document.text for document in read_source(str(spec), field, max_bytes)]
+
+
+def notes(spec: Path | str) -> list[str]:
+    heard: list[str] = []
+    list(open_source(str(spec), "text", Path.cwd()).documents(None, heard.append))
+    return heard
+
+
+def parquet_bytes(rows: list[Any], field: str = "text") -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": list(range(len(rows))), field: rows}), sink)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_every_format_reads_the_same_text_compressed_or_not(tmp_path: Path, packed: str) -> None:
+    records = "\n".join(json.dumps({"text": t, "id": i}) for i, t in enumerate([TEXT, "two", "", "three"])) + "\n\n"
+    for name, data, expected in (
+        ("plain.txt", TEXT.encode(), [TEXT]),
+        ("notes.md", b"\xef\xbb\xbf# Title\n", ["# Title\n"]),
+        ("records.jsonl", records.encode(), [TEXT, "two", "three"]),
+        ("rows.parquet", parquet_bytes([TEXT, "two", "", "three"]), [TEXT, "two", "three"]),
+    ):
+        path = tmp_path / (name + packed)
+        path.write_bytes(PACKERS[packed](data))
+        assert texts(path) == expected, path.name
+
+
+@pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])
+def test_concatenated_and_cut_off_compressed_files(tmp_path: Path, packed: str) -> None:
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(PACKERS[packed](b"one ") + PACKERS[packed](b"two"))
+    assert texts(path) == ["one two"]
+    path.write_bytes(PACKERS[packed](TEXT.encode() * 50)[:-9])
+    with pytest.raises(DataError, match=rf"a\.txt\{packed}: damaged or cut-off"):
+        texts(path)
+    path.write_bytes(b"this is not compressed at all")
+    with pytest.raises(DataError, match=rf"a\.txt\{packed}: damaged"):
+        texts(path)
+
+
+def test_folders_globs_and_single_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b/two.md", "a.txt", "b/c/three.py", "picture.png", ".hidden/x.txt", "b/.secret.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["a.txt", "b/c/three.py", "b/two.md"]
+    assert texts(f"{tmp_path}/**/*.md") == ["b/two.md"]
+    assert texts(f"{tmp_path}/*") == ["a.txt", "b/c/three.py", "b/two.md", "picture.png"]
+    assert texts(tmp_path / "picture.png") == ["picture.png"], "named by itself, a file is text whatever its suffix"
+    assert notes(tmp_path) == [f"{tmp_path}: 1 files of other kinds than text left out, first {tmp_path}/picture.png"]
+    monkeypatch.chdir(tmp_path)
+    assert texts("b") == texts("b/**") == ["b/c/three.py", "b/two.md"]
+
+
+def test_a_folder_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    folder = tmp_path / "run [1]"
+    folder.mkdir()
+    (folder / "a.txt").write_text("inside")
+    assert [d.text for d in open_source("*.txt", "text", folder).documents(None, lambda note: None)] == ["inside"]
+    assert texts(folder) == ["inside"]
+
+
+def test_large_files_are_cut_after_a_line_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 50)
+    path = tmp_path / "a.txt"
+    lines = [f"line {i} é\n" for i in range(40)]
+    path.write_text("".join(lines))
+    documents = list(read_source(str(path), "text", None))
+    assert "".join(d.text for d in documents) == "".join(lines)
+    assert len(documents) > 5
+    assert all(d.text.endswith("\n") for d in documents)
+    numbers = [int(d.origin.rpartition(":")[2]) for d in documents[1:]]
+    assert [lines[n - 1] for n in numbers] == [d.text.splitlines(keepends=True)[0] for d in documents[1:]]
+    path.write_text("é" * 200)  # no line ever ends, and pieces end inside a character
+    assert "".join(texts(path)) == "é" * 200
+    path.write_bytes(b"fine\n" * 30 + b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.txt: line 31: byte 0xe9 is not UTF-8"):
+        texts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("latin.txt", b"one\ntwo caf\xe9\n", r"latin\.txt: line 2: byte 0xe9 is not UTF-8; convert.*iconv"),
+        ("wide.txt", "text".encode("utf-16"), r"wide\.txt: line 1: the text is UTF-16"),
+        ("binary.txt", b"a\nb\0c", r"binary\.txt: line 2: a NUL byte: this is a binary file"),
+        ("image.txt", b"\x89PNG\r\n\x1a\n\0\0", r"image\.txt: line 1: this is a binary file"),
+        ("empty.txt", b"", r"empty\.txt: no text at all \(empty or blank\)"),
+        ("blank.txt", b" \n\n", r"blank\.txt: no text at all"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y", "id": 1}\n', r"a\.jsonl: line 3: no field 'text'.*'body', 'id'"),
+        ("b.jsonl", b'{"text": "x"}\n{"text": \n', r"b\.jsonl: line 2: not a JSON record"),
+        ("c.jsonl", b'["text"]\n', r"c\.jsonl: line 1: a JSON list instead of a record"),
+        ("d.jsonl", b'{"text": 5}\n', r"d\.jsonl: line 1: the text is of type int, not a string"),
+        ("e.jsonl", b'{"text": null}\n', r"e\.jsonl: line 1: the text is null"),
+        ("f.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"f\.jsonl: line 2: byte 0xff is not UTF-8"),
+        ("g.jsonl", b'{"text": "\\ud800"}\n', r"g\.jsonl: line 1: character 1 is half of a surrogate pair"),
+        ("h.jsonl", b"[" * 100_000, r"h\.jsonl: line 1: not a JSON record"),
+        ("a.parquet", b"PAR1 but not really", r"a\.parquet: not a readable parquet file"),
+        ("b.parquet", parquet_bytes(["x"], "body"), r"b\.parquet: no field 'text'; fields here: 'id', 'body'"),
+        ("c.parquet", parquet_bytes(["x", None]), r"c\.parquet: row 2: the text is null"),
+        ("d.parquet", parquet_bytes([1, 2]), r"d\.parquet: row 1: the text is of type int"),
+    ],
+)
+def test_bad_input_names_file_and_line(tmp_path: Path, name: str, data: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=complaint):
+        texts(tmp_path / name)
+
+
+def test_empty_files_among_others_are_left_out_with_a_word(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("")
+    assert texts(tmp_path) == ["text"]
+    assert notes(tmp_path) == [f"{tmp_path}: 1 files without text left out, first {tmp_path}/b.txt"]
+
+
+def test_nothing_found_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"absent/\*\.txt: no text files match; looked for {tmp_path}/absent"):
+        open_source("absent/*.txt", "text", tmp_path)
+    (tmp_path / "x.png").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"\(1 files of other kinds than text\)"):
+        open_source(".", "text", tmp_path)
+
+
+@given(parts=st.lists(st.text("aé🙂", min_size=1, max_size=20), max_size=8), limit=st.integers(1, 60))
+def test_a_limit_cuts_at_a_character(parts: list[str], limit: int) -> None:
+    cut = "".join(d.text for d in limited((Document(part, "x") for part in parts), limit))
+    assert cut == "".join(parts).encode()[:limit].decode(errors="ignore")
+
+
+def test_the_limit_holds_over_files(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 10)
+    assert texts(tmp_path, max_bytes=25) == ["a" * 10, "b" * 10, "c" * 5]
+    assert texts(tmp_path, max_bytes=20) == ["a" * 10, "b" * 10]
+
+
+def test_identity_changes_with_the_text_and_not_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def identity() -> dict[str, Any]:
+        return open_source("*.txt", "text", tmp_path).identity(tmp_path)
+
+    before = identity()
+    assert before == identity()
+    assert str(tmp_path) not in json.dumps(before)
+    (tmp_path / "a.txt").write_text("texts")
+    changed = identity()
+    (tmp_path / "b.txt").write_text("more")
+    assert len({json.dumps(i) for i in (before, changed, identity())}) == 3
+
+
+def test_expected_bytes_are_known_for_plain_files_only(tmp_path: Path) -> None:
+    def expected(name: str) -> int | None:
+        (tmp_path / name).write_bytes(b"12345")
+        return open_source(name, "text", tmp_path).text_bytes
+
+    assert expected("a.txt") == 5
+    assert [expected(name) for name in ("a.txt.gz", "a.jsonl", "a.parquet")] == [None] * 3
+    assert open_source("hf:org/name", "text", tmp_path).text_bytes is None
+    assert isinstance(open_source("builtin:core", "text", tmp_path), Source)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A stand-in for the `datasets` library that notes how it is called."""
+    called: dict[str, Any] = {}
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(HF_HUB_OFFLINE=False), rows=[{"text": "row"}], called=called
+    )
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        called.update(name=name, config=config, split=split, streaming=streaming)
+        if isinstance(fake.rows, Exception):
+            raise fake.rows
+        return iter(fake.rows)
+
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "config", "split"),
+    [
+        ("hf:wikitext", "wikitext", None, "train"),
+        ("hf:allenai/c4", "allenai/c4", None, "train"),
+        ("hf:allenai/c4/en", "allenai/c4", "en", "train"),
+        ("hf:allenai/c4/en:validation", "allenai/c4", "en", "validation"),
+        ("hf:org/name:train[:10%]", "org/name", None, "train[:10%]"),
+    ],
+)
+def test_hub_specs(hub: types.SimpleNamespace, spec: str, name: str, config: str | None, split: str) -> None:
+    assert texts(spec) == ["row"]
+    assert hub.called == {"name": name, "config": config, "split": split, "streaming": True}
+
+
+def test_a_hub_declared_offline_is_read_from_the_cache(hub: types.SimpleNamespace) -> None:
+    hub.config.HF_HUB_OFFLINE = True
+    assert texts("hf:org/name") == ["row"]
+    assert hub.called["streaming"] is False
+
+
+def test_hub_complaints(hub: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="expected hf:org/name"):
+        open_source("hf:org//x", "text", Path())
+    hub.rows = [{"text": "fine"}, {"body": "x"}]
+    with pytest.raises(DataError, match=r"hf:org/name: row 2: no field 'text'; fields here: 'body'"):
+        texts("hf:org/name")
+    hub.rows = ConnectionError("no route to the hub\nand much more")
+    with pytest.raises(DataError, match=r"hf:org/name: the dataset cannot be read \(no route to the hub\)"):
+        texts("hf:org/name")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"photon-federated\[data\]"):
+        texts("hf:org/name")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(["x"]))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a\.parquet needs|photon-federated\[data\]"):
+        texts(tmp_path / "a.parquet")

@@ -54,9 +54,8 @@ class SmallBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.enter(self.norm_1(x)).split(width, 2)
-        )
+        fused = self.enter(self.norm_1(x)).view(batch, length, 3, self.heads, -1)
+        q, k, v = fused.permute(2, 0, 3, 1, 4)  # each [B, h, T, c]
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.leave(y.transpose(1, 2).reshape(batch, length, width))
         out: Tensor = x + self.shrink(functional.gelu(self.grow(self.norm_2(x))))
@@ -79,7 +78,7 @@ def copy_weights(source: Decoder, target: SmallGPT) -> None:
     target.norm.weight.copy_(weights["norm.weight"])
     for index, block in enumerate(target.blocks):
         of = {name.removeprefix(f"layers.{index}."): w for name, w in weights.items() if f"layers.{index}." in name}
-        parts = [of[f"self_attn.{part}_proj.weight"] for part in "qkv"]
+        parts = tuple(of[f"self_attn.{part}_proj.weight"] for part in "qkv")
         pairs = {
             "norm_1": of["input_layernorm.weight"],
             "norm_2": of["post_attention_layernorm.weight"],

@@ -15,8 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -160,21 +159,6 @@ class Spread:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-@contextmanager
-def temporary_environment(**variables: str) -> Iterator[None]:
-    """Set environment variables for the processes started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class Quiet:
     """A display that shows only how far the data is; a benchmark may override what it wants to see."""
 
@@ -222,7 +206,7 @@ def pooled_stream(prepared: Prepared, sequence_length: int, seed: int) -> Stream
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str("" if value is None else value)
+    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)
 
 
 def _git(*arguments: str) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
 
 from photon.events import Evaluated, Event, NodeRound, RoundDone, RunFinished, RunStarted, Sampled, Scores
+
+# Tests run side by side on few cores and compute little: threads of torch's own would only fight each other.
+# Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeEvents = Callable[..., list[Event]]
 PAYLOAD_BYTES = 4_000_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from photon.aggregator import exchange
@@ -46,7 +48,7 @@ Handler = Callable[[bytes], bytes]
 TIMINGS = {"time", "seconds", "tokens_per_second", "phases_s", "evaluation_seconds", "round_bytes_up", "bytes_up"}
 
 
-def tiny_recipe(silos: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("ada", "bob", "cyd"), **sections: Any) -> Recipe:
+def tiny_recipe(silos: Sequence[str] | Mapping[str, Any] = ("ada", "bob", "cyd"), **sections: Any) -> Recipe:
     """Plain SGD on a decoder of 700 numbers. `silos` by name, with what differs there; `sections` change the rest."""
     own = silos if isinstance(silos, Mapping) else {name: {} for name in silos}
     base: dict[str, Any] = {
@@ -74,8 +76,9 @@ class Text:
 
     def batch(self, position: int, size: int) -> np.ndarray:
         """int64 [size, LENGTH + 1]."""
-        rows = [np.random.default_rng([self.seed, p]).integers(0, VOCAB, LENGTH + 1) for p in range(position, position + size)]
-        return np.stack(rows).astype(np.int64)
+        places = range(position, position + size)
+        rows = [np.random.default_rng([self.seed, place]).integers(0, VOCAB, LENGTH + 1) for place in places]
+        return np.stack(rows)
 
     def epoch(self, position: int) -> float:
         """As if there were a hundred sequences."""
@@ -181,7 +184,8 @@ class Federation:
     def run(self) -> GlobalState:
         """All rounds that are left, on the fabric's clock."""
         clock = SimpleNamespace(monotonic=lambda: self.fabric.now)
-        with mock.patch.object(exchange, "time", clock), self.tracker:
+        # A crash is an exception here, not a power cut: what was written can be read, flushed to the disk or not.
+        with mock.patch.object(exchange, "time", clock), mock.patch.object(os, "fsync"), self.tracker:
             return self.aggregator.run()
 
     def events(self) -> list[Event]:
@@ -260,7 +264,7 @@ def edited(
 
 def without_timings(value: Any) -> Any:
     """An event as plain data, less what differs between two equal runs."""
-    if isinstance(value, Event):
+    if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, Mapping):
         return {key: without_timings(item) for key, item in value.items() if key not in TIMINGS}

@@ -98,7 +98,7 @@ def test_a_reader_sees_each_event_at_once_but_only_sync_makes_it_count(make_even
     assert sink.offset() == path.stat().st_size
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_cut_anywhere_the_whole_lines_remain(make_events: MakeEvents, tmp_path: Path, data: st.DataObject) -> None:
     """A kill may leave any prefix of the file: what is read is what was whole, and a new sink goes on from there."""

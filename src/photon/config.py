@@ -174,7 +174,7 @@ class TrackConfig(Section):
 
     tensorboard: bool = Field(False, description="Write TensorBoard events under RUN/tensorboard.")
     wandb: str = Field("", description="Weights & Biases project; empty = off.")
-    mlflow: str = Field("", description="MLflow tracking URI; empty = off.")
+    mlflow: str = Field("", description="MLflow tracking server (a URI); empty = off.")
 
 
 class SiloConfig(Section):

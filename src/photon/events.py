@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
 class _Event(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     time: float = Field(description="Unix seconds when it was written.")
     seconds: float = Field(description="Training time of the run so far, over all resumes.")
@@ -39,7 +39,7 @@ class RunStarted(_Event):
 class Scores(BaseModel):
     """Held-out quality on one silo, or pooled over all."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     loss: float = Field(description="Nats per token.")
     perplexity: float
@@ -64,7 +64,7 @@ class Evaluated(_Event):
 class NodeRound(BaseModel):
     """What one node did in one round."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     tokens: int
     steps: int
@@ -113,7 +113,7 @@ class Sampled(_Event):
     event: Literal["sample"] = "sample"
     round: int
     prompt: str
-    text: str
+    text: str = Field(description="What it wrote after the prompt, which is not repeated.")
 
 
 class RunFinished(_Event):

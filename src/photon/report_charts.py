@@ -21,8 +21,10 @@ COLOURS = 8
 _WIDTH, _HEIGHT = 560.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 18.0, 14.0, 34.0
 _MOST_DOTS = 30
+_FLAT = 1e-9
 _HEAT_SIZE = 340.0
 _HEAT_NAMES_UP_TO = 14
+_HEAT_NAME_ROOM = 70.0
 _HEAT_NUMBERS_UP_TO = 8
 _TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400)
 
@@ -66,7 +68,7 @@ class Chart:
     unit: str
     rounds: Sequence[int]
     series: Sequence[Series]
-    from_zero: bool = False
+    from_zero: bool = False  # zero is in the picture, whatever the values
 
 
 def line_chart(chart: Chart, axis: Axis) -> Markup:
@@ -77,7 +79,8 @@ def line_chart(chart: Chart, axis: Axis) -> Markup:
     xs = [axis.position[number] for number in chart.rounds]
     ys = [v for series in chart.series for v in series.values if v is not None and math.isfinite(v)]
     x_low, x_high = (min(xs), max(xs)) if xs else (0.0, 1.0)
-    y_ticks = nice_ticks(0.0 if chart.from_zero else min(ys, default=0.0), max(ys, default=1.0), outside=True)
+    anchors = [0.0] if chart.from_zero or not ys else []
+    y_ticks = nice_ticks(min([*ys, *anchors]), max([*ys, *anchors]), outside=True)
     x_of = _scale(x_low, x_high, _LEFT, _WIDTH - _RIGHT)
     y_of = _scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
 
@@ -114,7 +117,8 @@ def heat_map(names: Sequence[str], cosine: Sequence[Sequence[float]], strongest:
     """
     n = len(names)
     cell = _HEAT_SIZE / max(n, 2)
-    svg = Element("svg", {"class": "heat", "viewBox": f"0 0 {_HEAT_SIZE:g} {_HEAT_SIZE:g}", "role": "img"})
+    width = _HEAT_SIZE + (_HEAT_NAME_ROOM if n <= _HEAT_NAMES_UP_TO else 0.0)
+    svg = Element("svg", {"class": "heat", "viewBox": f"0 0 {width:g} {_HEAT_SIZE:g}", "role": "img"})
     svg.set("aria-label", title)
     size = f"{cell * 0.97:.2f}"
     for row in range(n):
@@ -130,7 +134,7 @@ def heat_map(names: Sequence[str], cosine: Sequence[Sequence[float]], strongest:
                 ink = "cell-number strong" if strength > 0.6 else "cell-number"
                 _text(group, ink, x + cell / 2, y + cell / 2 + 5, f"{value:.2f}")
         if n <= _HEAT_NAMES_UP_TO:
-            _text(svg, "cell-name", row * cell + 5, row * cell + cell / 2 + 5, _short(names[row], n - row, cell))
+            _text(svg, "cell-name", row * cell + 5, row * cell + cell / 2 + 5, _short(names[row], width - row * cell))
     return _markup(svg)
 
 
@@ -147,23 +151,25 @@ def sparkline(values: Values) -> Markup:
 
 def nice_ticks(low: float, high: float, outside: bool = False) -> list[float]:
     """Four to seven multiples of 1, 2 or 5 x 10^k within [low, high]; `outside` adds one beyond each end."""
-    span = high - low if high > low else abs(high) or 1.0
-    raw = span / 5
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > _FLAT * size else size  # noise around one value is that value
+    raw = (span if span > _FLAT else 1.0) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9) if outside else math.ceil(low / step - 1e-9)
     last = math.ceil(high / step - 1e-9) if outside else math.floor(high / step + 1e-9)
     if outside and last == first:
         last += 1
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    decimals = 3 - math.floor(math.log10(step))
+    return [round(i * step, decimals) for i in range(first, last + 1)]
 
 
 def tick_label(tick: float, ticks: Sequence[float]) -> str:
     """A tick with as many decimals as the distance between ticks needs, scaled from ten thousand on."""
-    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
-    if max(abs(t) for t in ticks) >= 10_000:
+    if max(abs(t) for t in ticks) >= 10_000 and len({count(t) for t in ticks}) == len(ticks):
         return _trimmed(count(tick))
-    return f"{tick:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
+    return f"{tick:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
 def _trimmed(label: str) -> str:
@@ -200,9 +206,9 @@ def _hover_data(chart: Chart, axis: Axis, xs: Sequence[float]) -> str:
     return json.dumps(data, separators=(",", ":"))
 
 
-def _short(name: str, cells_left: int, cell: float) -> str:
-    """A name cut to the room right of the diagonal."""
-    letters = max(2, int((cells_left * cell - 5) / 8))
+def _short(name: str, room: float) -> str:
+    """A name cut to `room` SVG units."""
+    letters = max(2, int((room - 5) / 8))
     shown = printable(name)
     return shown if len(shown) <= letters else shown[: letters - 1] + "…"
 

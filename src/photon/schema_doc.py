@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -15,14 +15,15 @@ from photon.events import Event
 from photon.summary import Summary
 
 _INTRODUCTION = """\
-<!-- Written by `python -m photon.schema_doc > docs/metrics.md`; edit src/photon/events.py or src/photon/summary.py instead. -->
+<!-- Written by `python -m photon.schema_doc > docs/metrics.md`; edit the classes it reads. -->
 # What a run records
 
-`RUN/metrics.jsonl` is the record of a run: one JSON object a line, appended as things happen. Everything else that tells
-of a run (`summary.json`, `report.html`, the final table) is computed from it, and `photon report RUN` does so again.
+`RUN/metrics.jsonl` is the record of a run: one JSON object a line, appended as things happen. Everything else that
+tells of a run (`summary.json`, `report.html`, the final table) is computed from it, and `photon report RUN` does so
+again.
 
-- Bytes are of serialised messages. Bytes and tokens are running totals of the committed run, except those that begin with
-  `round_` and those inside [NodeRound](#noderound), which count one round.
+- Bytes are of serialised messages. Bytes and tokens are running totals of the committed run, except those that begin
+  with `round_` and those inside [NodeRound](#noderound), which count one round.
 - A resume cuts the file back to the end of the last committed round, so no round is counted twice.
 - Losses are in nats per token. Numbers over silos are pooled from sums: a mean over all held-out tokens.
 - `photon.track.read_events(path)` returns typed events and refuses a damaged line by its number.
@@ -35,41 +36,37 @@ slash-separated names: `heldout/*` and `heldout_SILO/*` of an evaluation; `train
 
 def metrics_markdown() -> str:
     """The whole page: every kind of event, the objects inside them, then summary.json, a line for each field."""
-    events = list(_event_types())
-    parts = [_INTRODUCTION, "## Events of metrics.jsonl\n"]
-    parts += [_section(_kind(event), event) for event in events]
-    parts.append("## Objects inside events\n")
-    parts += [_section(model.__name__, model) for model in _inside(events)]
-    parts.append(f"## summary.json\n\n{_about(Summary)}\n\n{_fields(Summary)}")
+    events = event_types()
+    shared = [name for name in events[0].model_fields if all(name in event.model_fields for event in events)]
+    parts = [_INTRODUCTION, "## Events of metrics.jsonl\n\nEvery event has\n", "- `event` (text): Its kind."]
+    parts += [_line(name, events[0].model_fields[name]) for name in shared if name != "event"]
+    parts += [_section(f"`{event_kind(event)}`", event, shared) for event in events]
+    parts += ["\n## Objects inside events", *(_section(model.__name__, model) for model in _inside(events))]
+    parts.append(_section("summary.json", Summary, level="##"))
     parts += [_section(model.__name__, model) for model in _inside([Summary])]
-    return "\n".join(parts)
+    return "\n".join(parts) + "\n"
 
 
-def _event_types() -> Iterator[type[BaseModel]]:
+def event_types() -> list[type[BaseModel]]:
+    """The classes of all events, in the order of `photon.events.Event`."""
     union, *_ = get_args(Event)  # Event is Annotated[A | B | ..., discriminator]
-    yield from get_args(union)
+    return list(get_args(union))
 
 
-def _kind(event: type[BaseModel]) -> str:
+def event_kind(event: type[BaseModel]) -> str:
     """The word in its `event` field."""
-    return f"`{event.model_fields['event'].default}`"
+    return str(event.model_fields["event"].default)
 
 
-def _section(heading: str, model: type[BaseModel]) -> str:
-    return f"### {heading}\n\n{_about(model)}\n\n{_fields(model)}"
-
-
-def _about(model: type[BaseModel]) -> str:
-    return inspect.cleandoc(model.__doc__ or "")
-
-
-def _fields(model: type[BaseModel]) -> str:
-    return "".join(_line(name, field) for name, field in model.model_fields.items())
+def _section(heading: str, model: type[BaseModel], left_out: Sequence[str] = (), level: str = "###") -> str:
+    about = inspect.cleandoc(model.__doc__ or "")
+    lines = [_line(name, field) for name, field in model.model_fields.items() if name not in left_out]
+    return "\n".join([f"\n{level} {heading}\n\n{about}\n", *lines])
 
 
 def _line(name: str, field: FieldInfo) -> str:
     meaning = f": {field.description}" if field.description else ""
-    return f"- `{name}` ({_words(field.annotation)}){meaning}\n"
+    return f"- `{name}` ({_words(field.annotation)}){meaning}"
 
 
 def _words(annotation: object) -> str:
@@ -91,7 +88,7 @@ def _words(annotation: object) -> str:
     return words[annotation]
 
 
-def _inside(models: list[type[BaseModel]]) -> list[type[BaseModel]]:
+def _inside(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
     """The models that the fields of `models` hold, directly or further in, each once, outermost first."""
     found: list[type[BaseModel]] = []
     waiting: list[object] = [field.annotation for model in models for field in model.model_fields.values()]

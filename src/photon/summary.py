@@ -99,7 +99,7 @@ def summarise(events: Sequence[Event]) -> Summary:
     last = rounds[-1] if rounds else None
     tokens, steps = (last.tokens, last.sequential_step) if last else (0, 0)
     # The evaluation after the last round moves the model once more, and says so itself.
-    totals = [*rounds, *evaluations]
+    totals: list[RoundDone | Evaluated] = [*rounds, *evaluations]
     bytes_up = max((e.bytes_up for e in totals), default=0)
     bytes_down = max((e.bytes_down for e in totals), default=0)
     seconds = max(e.seconds for e in events)

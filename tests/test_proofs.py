@@ -1,0 +1,344 @@
+"""What a federated run is equal to, proved through the real Aggregator and real LLM Nodes; and the wrong ones it is not.
+
+Every defect of the released code of arXiv 2411.02908 that has a counterpart here, and the test that keeps it out
+(`aggregator/`, `node/`, ... are folders of `tests`):
+
+| there | here |
+|---|---|
+| FedAdam and FedYogi move away from the clients | aggregator/test_outer.py, test_every_optimizer_moves_towards_the_nodes |
+| FedMom multiplies the weights by 1 + momentum in round 1 | aggregator/test_outer.py, test_first_momentum_step_... |
+| FedAvg ignores the configured learning rate | aggregator/test_outer.py, test_fedavg_uses_the_configured_... |
+| an update's norm is logged after momentum changed it | aggregator/test_server.py, test_norms_are_those_of_the_updates |
+| `scaling_fn` scales averaged weights, not the pseudo-gradient | test_a_round_in_which_no_node_moves_changes_no_bit |
+| optimizer state leaks from one virtual client to the next | test_virtual_nodes_on_one_trainer_train_as_if_alone |
+| `reset_optimizer` is not honoured by a reused trainer | test_optimizer_state_is_kept_or_reset_as_asked |
+| a client's exception comes back as success with no samples | aggregator/test_server.py, test_a_node_that_fails_... |
+| failures allowed: none, or without limit | aggregator/test_server.py, test_a_round_without_its_quorum_... |
+| no timeout anywhere; zero nodes are waited for without end | aggregator/test_exchange.py, test_nothing_is_waited_for_... |
+| a node that missed a broadcast trains stale weights | node/test_node.py, test_a_base_that_is_not_the_one_named_... |
+| last round's upload passes for this round's | aggregator/test_server.py, test_a_replay_of_the_round_before_... |
+| any node may be handed any client's stream | node/test_node.py, test_a_task_for_another_node_or_run_... |
+| a restore from another run loses the second momentum | aggregator/test_outer.py, test_state_committed_and_restored_... |
+| a restore from another run is not noticed | aggregator/test_state.py, test_a_state_of_another_run_is_refused |
+| the place in the data is not restored | test_a_crash_at_any_step_of_a_round_changes_nothing |
+| bytes sent and received are nowhere counted | aggregator/test_server.py, test_bytes_are_those_of_the_messages |
+| pickle and `eval` of what came over the network | link/test_tensors.py, test_attacks_are_refused |
+| evaluation drops the optimizer | test_evaluating_changes_nothing_but_the_record |
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from photon import durable
+from photon.aggregator import server
+from photon.aggregator.merge import Merge
+from photon.aggregator.state import RoundStore
+from photon.config import Recipe
+from photon.errors import PhotonError
+from photon.link.update import decode_message, expect_reply
+from photon.model.build import named_weights
+from photon.node import node as node_module
+from photon.node.optimizers import build_optimizer
+from photon.node.schedule import learning_rate_scale
+from photon.node.state import NodeState, NodeStore
+from photon.track import Tracker
+from tests.support import (
+    CPU,
+    Federation,
+    InlineFabric,
+    Text,
+    largest_difference,
+    new_model,
+    tiny_recipe,
+    weights,
+    without_timings,
+)
+
+LOAD = NodeStore.load
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}
+
+
+# --- large-batch SGD -------------------------------------------------------------------------------------------------
+
+
+def large_batch_sgd(
+    recipe: Recipe, nodes: Iterable[str], scale: float = 1.0, restart_data: bool = False
+) -> dict[str, Tensor]:
+    """A plain loop: each step is one gradient of the mean loss over the batches of all nodes, in float64."""
+    model = new_model(recipe, torch.float64)
+    for step in range(recipe.federation.rounds):
+        position = 0 if restart_data else step * recipe.node.batch_size
+        batch = torch.cat([torch.from_numpy(Text(node).batch(position, recipe.node.batch_size)) for node in nodes])
+        model.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:]).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= recipe.node.lr * scale * parameter.grad
+    return named_weights(model)
+
+
+def test_one_local_step_of_sgd_is_large_batch_sgd(tmp_path: Path) -> None:
+    """Law 7: tau = 1, SGD, equal tokens, every node: four rounds are four steps of one big batch, to 1e-12."""
+    recipe = tiny_recipe(federation={"rounds": 4, "tau": 1})
+    federated = weights(Federation(tmp_path, recipe, dtype=torch.float64).run())
+    names = [silo.name for silo in recipe.silo]
+    assert largest_difference(federated, large_batch_sgd(recipe, names)) < 1e-12
+    mutants = [
+        large_batch_sgd(recipe, names, scale=3.0),  # the sum of the updates instead of their mean
+        large_batch_sgd(recipe, names[:2]),  # a node is forgotten
+        large_batch_sgd(recipe, names, restart_data=True),  # each round begins at the start of the data
+    ]
+    assert all(largest_difference(federated, mutant) > 1e-4 for mutant in mutants)
+
+
+# --- the schedule ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_learning_rate_is_never_restarted(schedule: str, tmp_path: Path) -> None:
+    """What every node reports at its last step of round t is the schedule at t tau + tau_k - 1."""
+    recipe = tiny_recipe(
+        {"ada": {}, "bob": {"tau": 3}}, node={"schedule": schedule, "warmup_steps": 3}, federation={"rounds": 4, "tau": 2}
+    )
+    federation = Federation(tmp_path, recipe)
+    federation.run()
+    reported, restarted = {}, {}
+    expected = {}
+    for sender, message in federation.fabric.received:
+        reply = expect_reply(decode_message(message))
+        if reply.training is None:
+            continue
+        place = (sender, reply.round)
+        last = (3 if sender == "bob" else 2) - 1
+        reported[place] = reply.training.learning_rate
+        expected[place] = recipe.node.lr * learning_rate_scale(2 * reply.round + last, recipe.node, 8)
+        restarted[place] = recipe.node.lr * learning_rate_scale(last, recipe.node, 8)  # the mutant
+    assert len(expected) == 8
+    assert reported == pytest.approx(expected, rel=1e-12)
+    assert reported != pytest.approx(restarted, rel=1e-3)
+    by_round = [max(reported["ada", t], reported["bob", t]) for t in range(4)]
+    assert [event.learning_rate for event in federation.rounds()] == pytest.approx(by_round, rel=1e-12)
+
+
+# --- virtual nodes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, {"optimizer": "muon"}, {"optimizer": "sgd", "momentum": 0.9}])
+def test_virtual_nodes_on_one_trainer_train_as_if_alone(
+    optimizer: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(node=optimizer, federation={"rounds": 3})
+    alone = Federation(tmp_path / "alone", recipe, share_trainer=False).run()
+    shared = Federation(tmp_path / "shared", recipe).run()
+    assert shared.model_sha256 == alone.model_sha256
+    monkeypatch.setattr(node_module, "import_state", lambda *_: None)  # the mutant: state stays in the trainer
+    leaking = Federation(tmp_path / "leaking", recipe).run()
+    assert leaking.model_sha256 != alone.model_sha256
+
+
+def plain_adamw(recipe: Recipe, reset: bool) -> dict[str, Tensor]:
+    """One node's steps written out, with a new optimizer each round if `reset`."""
+    model = new_model(recipe, torch.float64)
+    optimizer = build_optimizer(model, recipe.node, CPU)
+    size, tau = recipe.node.batch_size, recipe.federation.tau
+    for step in range(recipe.federation.rounds * tau):
+        if reset and step % tau == 0:
+            optimizer = build_optimizer(model, recipe.node, CPU)
+        batch = torch.from_numpy(Text("ada").batch(step * size, size))
+        optimizer.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:]).backward()
+        optimizer.step()
+    return named_weights(model)
+
+
+@pytest.mark.parametrize("choice", ["keep", "reset"])
+def test_optimizer_state_is_kept_or_reset_as_asked(choice: str, tmp_path: Path) -> None:
+    recipe = tiny_recipe(["ada"], node={**ADAMW, "optimizer_state": choice}, federation={"rounds": 3})
+    federated = weights(Federation(tmp_path, recipe, dtype=torch.float64).run())
+    assert largest_difference(federated, plain_adamw(recipe, choice == "reset")) < 1e-9
+    assert largest_difference(federated, plain_adamw(recipe, choice != "reset")) > 1e-4  # the other one
+
+
+def test_evaluating_changes_nothing_but_the_record(tmp_path: Path) -> None:
+    often = tiny_recipe(node=ADAMW, federation={"rounds": 3}, evaluation={"every": 1})
+    seldom = tiny_recipe(node=ADAMW, federation={"rounds": 3}, evaluation={"every": 3})
+    runs = [Federation(tmp_path / name, recipe) for name, recipe in (("often", often), ("seldom", seldom))]
+    assert runs[0].run().model_sha256 == runs[1].run().model_sha256
+    assert [event.round for event in runs[0].evaluations()] == [0, 1, 2, 3]
+    assert [event.round for event in runs[1].evaluations()] == [0, 3]
+
+
+# --- nothing moves when nothing should -------------------------------------------------------------------------------
+
+STILL = [(outer, "adamw") for outer in ("fedavg", "momentum", "nesterov", "adam", "yogi", "none")]
+
+
+@pytest.mark.parametrize(("outer", "optimizer"), [*STILL, ("nesterov", "muon"), ("adam", "sgd")])
+def test_a_round_in_which_no_node_moves_changes_no_bit(outer: str, optimizer: str, tmp_path: Path) -> None:
+    """A local learning rate of zero, with weight decay and momentum switched on."""
+
+    def after_a_round(rate: float) -> tuple[str, str]:
+        recipe = tiny_recipe(
+            node={"optimizer": optimizer, "lr": rate, "muon_lr": rate, "weight_decay": 0.1, "momentum": 0.9},
+            federation={"rounds": 1, "outer": outer, "outer_lr": 0.7},
+        )
+        federation = Federation(tmp_path / f"{rate}", recipe)
+        before = federation.aggregator.model_sha256
+        return before, federation.run().model_sha256
+
+    before, after = after_a_round(0.0)
+    assert after == before
+    before, after = after_a_round(1e-6)  # it can fail: a rate of a millionth shows
+    assert after != before
+
+
+# --- the order of arrival --------------------------------------------------------------------------------------------
+
+
+class RunningSum(Merge):
+    """The mutant: sums of float32 in the order of arrival, as one would write it first."""
+
+    def fold(self, update: Iterable[tuple[str, Tensor]], weight: int) -> None:
+        sums = self.__dict__.setdefault("plain", {})
+        for name, delta in update:
+            sums[name] = sums.get(name, 0) + weight * delta
+        self.weight += weight
+
+    def result(self) -> dict[str, Tensor]:
+        return {name: total / self.weight for name, total in self.__dict__["plain"].items()}
+
+
+def in_every_order(folder: Path) -> Iterator[tuple[str, object]]:
+    """Final hash and record of a round of nodes that differ, for every order in which they answer."""
+    recipe = tiny_recipe({"ada": {"tau": 3}, "bob": {"batch_size": 3}, "cyd": {}}, federation={"rounds": 1})
+    for order in itertools.permutations(range(3)):
+        federation = Federation(
+            folder / "".join(map(str, order)), recipe, lambda arrivals, order=order: [(0.0, arrivals[i]) for i in order]
+        )
+        yield federation.run().model_sha256, without_timings(federation.events())
+
+
+def test_the_order_of_arrival_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = list(in_every_order(tmp_path / "ours"))
+    assert len(results) == 6
+    assert all(result == results[0] for result in results)
+    monkeypatch.setattr(server, "Merge", RunningSum)
+    assert len({digest for digest, _ in in_every_order(tmp_path / "mutant")}) > 1
+
+
+# --- a round is a transaction ----------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """The process ends here: nothing in between may catch it."""
+
+
+@contextmanager
+def crash_at(step: int) -> Iterator[list[str]]:
+    """Raise Crash at the `step`-th thing done that outlives the process (counted from 0); files are half written.
+
+    Gives the list of what was done, so that a run without a crash counts the steps there are.
+    """
+    done: list[str] = []
+
+    def crashing(what: str, original: Callable[..., Any], halfway: Callable[..., Any] = lambda *_: None) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            done.append(what)
+            if len(done) - 1 == step:
+                halfway(*arguments)
+                raise Crash(what)
+            return original(*arguments, **options)
+
+        return call
+
+    def write_half(path: Path, data: bytes) -> None:
+        path.write_bytes(data[: len(data) // 2])
+
+    with (
+        mock.patch.object(durable, "_write_synced", crashing("write a file", durable._write_synced, write_half)),
+        mock.patch.object(Path, "rename", crashing("rename", Path.rename)),
+        mock.patch.object(shutil, "rmtree", crashing("remove", shutil.rmtree)),
+        mock.patch.object(Tracker, "write", crashing("record an event", Tracker.write)),
+        mock.patch.object(Tracker, "sync", crashing("make events durable", Tracker.sync)),
+        mock.patch.object(InlineFabric, "receive", crashing("wait for a reply", InlineFabric.receive)),
+        mock.patch.object(RoundStore, "commit", crashing("commit the round", RoundStore.commit)),
+        mock.patch.object(NodeStore, "commit", crashing("commit a node", NodeStore.commit)),
+    ):
+        yield done
+
+
+def survives(folder: Path, begun: Path, recipe: Recipe, expected: object, step: int) -> bool:
+    """Whether a run that crashes at `step` and is begun again ends as one that was never disturbed."""
+    shutil.copytree(begun, folder)
+    with crash_at(step), pytest.raises(Crash):
+        Federation(folder, recipe).run()
+    again = Federation(folder, recipe)
+    try:
+        return (again.run().model_sha256, without_timings(again.events())) == expected
+    except (PhotonError, OSError, ValueError, KeyError):
+        return False
+
+
+def steps_that_do_not_survive(folder: Path) -> list[str]:
+    """Crash at each step of a second round, its commit and the end of the run; say which of them showed."""
+    options = {"tau": 1, "outer": "nesterov", "outer_lr": 0.7}
+    recipe = tiny_recipe(["ada", "bob"], node=ADAMW, federation={"rounds": 2, **options})
+    begun, whole = folder / "begun", folder / "whole"
+    Federation(begun, tiny_recipe(["ada", "bob"], node=ADAMW, federation={"rounds": 1, **options})).run()
+    shutil.copytree(begun, whole)
+    undisturbed = Federation(whole, recipe)
+    with crash_at(-1) as done:
+        expected = (undisturbed.run().model_sha256, without_timings(undisturbed.events()))
+    assert set(done) == {
+        "wait for a reply", "commit a node", "commit the round", "write a file", "rename", "remove",
+        "record an event", "make events durable",
+    }  # fmt: skip
+    return [
+        f"{step}: {what}"
+        for step, what in enumerate(done)
+        if not survives(folder / str(step), begun, recipe, expected, step)
+    ]
+
+
+def test_a_crash_at_any_step_of_a_round_changes_nothing(tmp_path: Path) -> None:
+    assert steps_that_do_not_survive(tmp_path) == []
+
+
+def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> NodeState:
+    """A mutant: a node goes on from its newest state, whatever round is asked for."""
+    numbers = store._states.numbers()
+    return LOAD(store, run, node, numbers[-1] if numbers else round_index)
+
+
+def write_in_place(
+    states: durable.NumberedStates, number: int, files: Mapping[str, bytes], fields: Mapping[str, Any]
+) -> None:
+    """A mutant: the folder has its final name while it is written."""
+    folder = states.folder(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    durable._write_synced(folder / durable.STATE_FILE, json.dumps({"number": number, "fields": fields}).encode())
+    for name, data in files.items():
+        durable._write_synced(folder / name, data)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "mutant"),
+    [(NodeStore, "load", newest_state), (durable.NumberedStates, "commit", write_in_place)],
+)
+def test_a_crash_shows_where_states_are_not_kept_so(
+    place: type, name: str, mutant: Callable[..., Any], tmp_path: Path
+) -> None:
+    with mock.patch.object(place, name, mutant):
+        assert steps_that_do_not_survive(tmp_path) != []

@@ -1,33 +1,33 @@
-"""What a federated run is equal to, proved through the real Aggregator and real LLM Nodes; and the wrong ones it is not.
+"""What a federated run is equal to, proved through the real Aggregator and LLM Nodes; and the wrong ones it is not.
 
 Every defect of the released code of arXiv 2411.02908 that has a counterpart here, and the test that keeps it out
-(`aggregator/`, `node/`, ... are folders of `tests`):
+(the beginning of its name; in this file, or in another folder of `tests`):
 
 | there | here |
 |---|---|
-| FedAdam and FedYogi move away from the clients | aggregator/test_outer.py, test_every_optimizer_moves_towards_the_nodes |
-| FedMom multiplies the weights by 1 + momentum in round 1 | aggregator/test_outer.py, test_first_momentum_step_... |
-| FedAvg ignores the configured learning rate | aggregator/test_outer.py, test_fedavg_uses_the_configured_... |
-| an update's norm is logged after momentum changed it | aggregator/test_server.py, test_norms_are_those_of_the_updates |
-| `scaling_fn` scales averaged weights, not the pseudo-gradient | test_a_round_in_which_no_node_moves_changes_no_bit |
-| optimizer state leaks from one virtual client to the next | test_virtual_nodes_on_one_trainer_train_as_if_alone |
-| `reset_optimizer` is not honoured by a reused trainer | test_optimizer_state_is_kept_or_reset_as_asked |
-| a client's exception comes back as success with no samples | aggregator/test_server.py, test_a_node_that_fails_... |
-| failures allowed: none, or without limit | aggregator/test_server.py, test_a_round_without_its_quorum_... |
-| no timeout anywhere; zero nodes are waited for without end | aggregator/test_exchange.py, test_nothing_is_waited_for_... |
-| a node that missed a broadcast trains stale weights | node/test_node.py, test_a_base_that_is_not_the_one_named_... |
-| last round's upload passes for this round's | aggregator/test_server.py, test_a_replay_of_the_round_before_... |
-| any node may be handed any client's stream | node/test_node.py, test_a_task_for_another_node_or_run_... |
-| a restore from another run loses the second momentum | aggregator/test_outer.py, test_state_committed_and_restored_... |
-| a restore from another run is not noticed | aggregator/test_state.py, test_a_state_of_another_run_is_refused |
-| the place in the data is not restored | test_a_crash_at_any_step_of_a_round_changes_nothing |
-| bytes sent and received are nowhere counted | aggregator/test_server.py, test_bytes_are_those_of_the_messages |
-| pickle and `eval` of what came over the network | link/test_tensors.py, test_attacks_are_refused |
-| evaluation drops the optimizer | test_evaluating_changes_nothing_but_the_record |
+| FedAdam and FedYogi move away from the clients | aggregator/test_outer: every_optimizer_moves_towards |
+| FedMom multiplies weights by 1 + momentum in round 1 | aggregator/test_outer: first_momentum_step |
+| FedAvg ignores the configured learning rate | aggregator/test_outer: fedavg_uses_the_configured |
+| a restore loses the second momentum | aggregator/test_outer: state_committed_and_restored |
+| norms are logged after momentum changed the update | aggregator/test_server: norms_are_those_of_the_updates |
+| averaged weights are scaled, not the pseudo-gradient | a_round_in_which_no_node_moves |
+| optimizer state leaks from one client to the next | virtual_nodes_on_one_trainer |
+| `reset_optimizer` is not honoured | optimizer_state_is_kept_or_reset |
+| evaluation drops the optimizer | evaluating_changes_nothing |
+| a client's exception returns as success, 0 samples | aggregator/test_validate: a_node_that_fails |
+| failures allowed: none, or without limit | aggregator/test_validate: a_round_without_its_quorum |
+| last round's upload passes for this round's | aggregator/test_validate: a_replay_of_the_round_before |
+| no timeout; no nodes are waited for without end | aggregator/test_exchange: nothing_is_waited_for |
+| a node that missed a broadcast trains stale weights | node/test_node: a_base_that_is_not_the_one_named |
+| any node may be handed any client's stream | node/test_node: a_task_for_another_node_or_run |
+| the place in the data is not restored | a_crash_at_any_step |
+| bytes sent and received are nowhere counted | aggregator/test_server: bytes_are_those_of_the_messages |
+| pickle and `eval` of what came over the network | link/test_tensors: attacks_are_refused |
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -39,6 +39,17 @@ from unittest import mock
 
 import pytest
 import torch
+from tests.support import (
+    CPU,
+    Federation,
+    InlineFabric,
+    Text,
+    largest_difference,
+    new_model,
+    tiny_recipe,
+    weights,
+    without_timings,
+)
 from torch import Tensor
 
 from photon import durable
@@ -54,17 +65,6 @@ from photon.node.optimizers import build_optimizer
 from photon.node.schedule import learning_rate_scale
 from photon.node.state import NodeState, NodeStore
 from photon.track import Tracker
-from tests.support import (
-    CPU,
-    Federation,
-    InlineFabric,
-    Text,
-    largest_difference,
-    new_model,
-    tiny_recipe,
-    weights,
-    without_timings,
-)
 
 LOAD = NodeStore.load
 ADAMW = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}
@@ -85,7 +85,7 @@ def large_batch_sgd(
         model.loss(batch[:, :-1], batch[:, 1:]).backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= recipe.node.lr * scale * parameter.grad
+                parameter.sub_(recipe.node.lr * scale * parameter.grad)
     return named_weights(model)
 
 
@@ -110,7 +110,9 @@ def test_one_local_step_of_sgd_is_large_batch_sgd(tmp_path: Path) -> None:
 def test_the_learning_rate_is_never_restarted(schedule: str, tmp_path: Path) -> None:
     """What every node reports at its last step of round t is the schedule at t tau + tau_k - 1."""
     recipe = tiny_recipe(
-        {"ada": {}, "bob": {"tau": 3}}, node={"schedule": schedule, "warmup_steps": 3}, federation={"rounds": 4, "tau": 2}
+        {"ada": {}, "bob": {"tau": 3}},
+        node={"schedule": schedule, "warmup_steps": 3},
+        federation={"rounds": 4, "tau": 2},
     )
     federation = Federation(tmp_path, recipe)
     federation.run()
@@ -284,14 +286,14 @@ def survives(folder: Path, begun: Path, recipe: Recipe, expected: object, step: 
     shutil.copytree(begun, folder)
     with crash_at(step), pytest.raises(Crash):
         Federation(folder, recipe).run()
-    again = Federation(folder, recipe)
     try:
+        again = Federation(folder, recipe)
         return (again.run().model_sha256, without_timings(again.events())) == expected
     except (PhotonError, OSError, ValueError, KeyError):
         return False
 
 
-def steps_that_do_not_survive(folder: Path) -> list[str]:
+def steps_that_do_not_survive(folder: Path) -> Iterator[str]:
     """Crash at each step of a second round, its commit and the end of the run; say which of them showed."""
     options = {"tau": 1, "outer": "nesterov", "outer_lr": 0.7}
     recipe = tiny_recipe(["ada", "bob"], node=ADAMW, federation={"rounds": 2, **options})
@@ -305,15 +307,13 @@ def steps_that_do_not_survive(folder: Path) -> list[str]:
         "wait for a reply", "commit a node", "commit the round", "write a file", "rename", "remove",
         "record an event", "make events durable",
     }  # fmt: skip
-    return [
-        f"{step}: {what}"
-        for step, what in enumerate(done)
-        if not survives(folder / str(step), begun, recipe, expected, step)
-    ]
+    for step, what in enumerate(done):
+        if not survives(folder / str(step), begun, recipe, expected, step):
+            yield f"{step}: {what}"
 
 
 def test_a_crash_at_any_step_of_a_round_changes_nothing(tmp_path: Path) -> None:
-    assert steps_that_do_not_survive(tmp_path) == []
+    assert list(steps_that_do_not_survive(tmp_path)) == []
 
 
 def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> NodeState:
@@ -328,8 +328,9 @@ def write_in_place(
     """A mutant: the folder has its final name while it is written."""
     folder = states.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    durable._write_synced(folder / durable.STATE_FILE, json.dumps({"number": number, "fields": fields}).encode())
-    for name, data in files.items():
+    hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    text = json.dumps({"number": number, "fields": dict(fields), "files": hashes})
+    for name, data in {**files, durable.STATE_FILE: text.encode()}.items():
         durable._write_synced(folder / name, data)
 
 
@@ -341,4 +342,4 @@ def test_a_crash_shows_where_states_are_not_kept_so(
     place: type, name: str, mutant: Callable[..., Any], tmp_path: Path
 ) -> None:
     with mock.patch.object(place, name, mutant):
-        assert steps_that_do_not_survive(tmp_path) != []
+        assert next(steps_that_do_not_survive(tmp_path), None) is not None

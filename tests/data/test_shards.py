@@ -54,6 +54,7 @@ def test_texts_come_back_in_order_from_both_splits(written: Path, tokenizer: Tok
     assert found["train"] == [text for text in TEXTS if text in found["train"]]
     manifest = ShardReader(written).manifest
     assert manifest.heldout.documents == len(found["heldout"]) > 0
+    assert manifest.heldout.tokens < manifest.train.tokens / 3
     assert manifest.heldout.bytes == sum(len(text.encode()) for text in found["heldout"])
     assert manifest.train.bytes == sum(len(text.encode()) for text in found["train"])
     ratio = manifest.heldout.bytes / len(all_tokens(written, "heldout"))

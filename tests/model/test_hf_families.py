@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -145,6 +145,7 @@ def every_shape() -> st.SearchStrategy[ModelConfig]:
     )
 
 
+@settings(deadline=None)
 @given(every_shape())
 def test_renaming_is_reversible_or_refused_with_a_way_out(config: ModelConfig) -> None:
     try:

@@ -1,8 +1,8 @@
 """A shuffle without a table: a keyed bijection of [0, size) evaluated only where it is asked.
 
-A Feistel network on the mixed-radix grid a x b with a * b just above `size`, and cycle walking for the few
-points outside (J. Black, P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3). State and
-memory are zero at any corpus size. It is a statistical shuffle, not a cipher.
+A Feistel network on the smallest square grid that holds `size` points, and cycle walking for the few points outside
+(J. Black, P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, method 3). State and memory are zero at
+any corpus size. It is a statistical shuffle, not a cipher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6  # even, so that the two radices change places back
+_ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -25,24 +25,21 @@ def permute(index: NDArray[np.int64] | int, size: int, key: int) -> NDArray[np.i
     values = np.asarray(index, dtype=np.int64)
     if values.size and (int(values.min()) < 0 or int(values.max()) >= size):
         raise ValueError(f"index outside [0, {size})")
-    left = math.isqrt(size - 1) + 1 if size > 1 else 1
-    right = -(-size // left)
+    side = math.isqrt(size - 1) + 1 if size > 0 else 1
     keys = [_mix_int((key + (turn + 1) * _GOLDEN) & _MASK) for turn in range(_ROUNDS)]
-    out = _network(values.astype(np.uint64).ravel(), left, right, keys)
-    # Fewer than left = O(sqrt(size)) points of the grid lie outside: walking on is rare, and ends inside.
+    out = _network(values.astype(np.uint64).ravel(), side, keys)
+    # Fewer than 2 * side points of the grid lie outside: walking on is rare, and ends inside.
     while (outside := out >= size).any():
-        out[outside] = _network(out[outside], left, right, keys)
+        out[outside] = _network(out[outside], side, keys)
     return out.astype(np.int64).reshape(values.shape)
 
 
-def _network(values: NDArray[np.uint64], left: int, right: int, keys: list[int]) -> NDArray[np.uint64]:
-    """The Feistel rounds: a bijection of [0, left * right)."""
-    radix, other = np.uint64(left), np.uint64(right)
-    low, high = values % radix, values // radix
+def _network(values: NDArray[np.uint64], side: int, keys: list[int]) -> NDArray[np.uint64]:
+    """The Feistel rounds: a bijection of [0, side * side)."""
+    high, low = np.divmod(values, np.uint64(side))
     for key in keys:
-        low, high = high, (low + _mix(high + np.uint64(key))) % radix
-        radix, other = other, radix
-    return high * radix + low
+        low, high = high, (low + _mix(high + np.uint64(key))) % np.uint64(side)
+    return high * np.uint64(side) + low
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

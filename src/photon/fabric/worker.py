@@ -1,22 +1,28 @@
 """One worker process of the local fabric: one device, one model, one set of compiled graphs, many virtual nodes.
 
-Speaks over an inherited socket: tasks come in as serialised messages; `P` + progress (JSON) and `R`, followed by a
-serialised reply, go out. Started by `photon.fabric.local`, with threads and allocator set in its environment.
+Speaks over an inherited socket (frames: `photon.fabric.process`): READY once, then tasks come in as serialised
+messages, and progress and replies go out. Started by `photon.fabric.local`, with threads and allocator set in its
+environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 
 import torch
 
 from photon.config import Recipe
+from photon.errors import PhotonError
 from photon.events import NodeProgress
-from photon.fabric.local import PROGRESS, REPLY
+from photon.fabric.process import LAST, PROGRESS, READY, REPLY
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.update import decode_message, expect_task
 from photon.model.build import build_model
@@ -26,7 +32,6 @@ from photon.node.trainer import Trainer
 from photon.recipe import load_recipe
 from photon.runfolder import RunFolder
 
-_IDLE_POLL_S = 10.0
 _PROGRESS_EVERY_S = 0.25
 
 
@@ -56,8 +61,12 @@ class Worker:
             )
         return self.nodes[name]
 
-    def answer(self, data: bytes, connection: Connection) -> bytes:
-        """The reply to a task; a node that fails says so instead of taking the worker down."""
+    def answer(self, data: bytes, connection: Connection) -> tuple[bytes, bytes]:
+        """(REPLY or LAST, the reply to a task). A node that fails says so.
+
+        Errors of ours leave the worker as good as it was: every task brings its own weights and state. After any
+        other (a device's own error, memory that ran out) nothing here is certain, so that reply is the last.
+        """
         name = expect_task(decode_message(data)).node
         last = 0.0
 
@@ -68,23 +77,44 @@ class Worker:
                 connection.send_bytes(PROGRESS + progress.model_dump_json().encode())
 
         try:
-            return self.node(name).handle(data, on_progress)
+            return REPLY, self.node(name).handle(data, on_progress)
+        except PhotonError as error:
+            traceback.print_exc()
+            return REPLY, failure_reply(data, name, f"{type(error).__name__}: {error}")
         except Exception as error:  # noqa: BLE001  # whatever went wrong in one node must not end the others
             traceback.print_exc()
-            return failure_reply(data, name, f"{type(error).__name__}: {error}")
+            return LAST, failure_reply(data, name, f"{type(error).__name__}: {error}")
 
 
 def serve(connection: Connection, worker: Worker) -> None:
-    """Answer tasks until the other end closes."""
-    while True:
-        try:
-            if not connection.poll(_IDLE_POLL_S):
-                continue
-            reply = worker.answer(connection.recv_bytes(), connection)
-            connection.send_bytes(REPLY)
+    """Say READY, then answer tasks until the other end closes or an answer was the last."""
+    try:
+        connection.send_bytes(READY)
+        kind = REPLY
+        while kind == REPLY:
+            kind, reply = worker.answer(connection.recv_bytes(), connection)
+            connection.send_bytes(kind)
             connection.send_bytes(reply)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return  # the Aggregator's process is gone: nothing is left to do
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the Aggregator's process is gone: nothing is left to do
+
+
+def end_with(descriptor: int) -> None:
+    """End this process, and what it started, as soon as the other end of the socket is closed.
+
+    However the Aggregator's process ends, its socket closes, and no worker of it is left computing. State is committed
+    atomically, so that may happen at any instant.
+    """
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # hang-up and error only; they need not be asked for
+        poll.poll()
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    Thread(target=wait, name="photon-end-with", daemon=True).start()
 
 
 def main() -> None:
@@ -95,6 +125,8 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
+    os.set_inheritable(arguments.socket, False)  # what this process starts must not hold it open
+    end_with(arguments.socket)
     plan = WorkerPlan(arguments.device, arguments.threads)
     configure_process(plan)
     serve(Connection(arguments.socket), Worker(RunFolder(arguments.run), plan))

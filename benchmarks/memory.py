@@ -1,0 +1,132 @@
+"""Peak memory of a whole run against the tensors it cannot do without, where tensors dominate.
+
+The floor: the model, one gradient, the optimizer state of each of the K nodes, and the merge's sums, each once. A run
+of two rounds is watched from outside: the sum over the Aggregator and its workers of resident memory, ten
+milliseconds apart. From it goes what the same processes take with a model of next to nothing (interpreter, torch,
+tokenizer), measured the same way just before.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import typer
+
+from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report, builtin_text
+from photon.model.build import count_parameters
+from photon.recipe import load_recipe
+
+MIB = 2**20
+SAMPLE_EVERY_S = 0.01
+LENGTH, VOCABULARY = 64, 4096
+# Bytes per parameter: float32 weights and gradient, AdamW's two moments in float32, the merge's int64 sums.
+MODEL_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES, MERGE_BYTES = 4, 4, 8, 8
+OPTIONS = [
+    f"data.sequence_length={LENGTH}",
+    "node.batch_size=1",
+    "node.optimizer=adamw",
+    "node.workers=1",
+    "node.threads=1",
+    "node.device=cpu",
+    "node.total_steps=1000",
+    "federation.rounds=2",
+    "federation.tau=2",
+    "evaluation.sequences=2",
+    "evaluation.sample_tokens=0",
+]
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="Blocks; 12 of width 512 with 4096 tokens are 40 million numbers.")] = 12,
+    width: Annotated[int, typer.Option(help="Model width.")] = 512,
+    option: Annotated[list[str] | None, typer.Option(help="Change the run: section.key=value; repeatable.")] = None,
+    data_dir: DataDir = DATA_DIR,
+    out: Out = RESULTS,
+) -> None:
+    """Peak resident memory over model + gradient + K x optimizer state + merge; 1.3 is the aim."""
+    report = Report("memory", out)
+    options = [f"data.dir={json.dumps(data_dir)}", *OPTIONS, *(option or [])]
+    builtin_text(data_dir, *options)
+    empty = watch(options + ["model.layers=1", "model.width=32", "model.heads=1"])
+    options += [f"model.layers={layers}", f"model.width={width}", "model.heads=8"]
+    recipe = load_recipe("demo", options)
+    parameters = count_parameters(recipe.model, VOCABULARY, LENGTH).total
+    full = watch(options)
+    floor = parameters * (MODEL_BYTES + GRADIENT_BYTES + recipe.nodes_per_round * OPTIMIZER_BYTES + MERGE_BYTES)
+    report.add(
+        {
+            "parameters": parameters,
+            "nodes": recipe.nodes_per_round,
+            "workers": len(full.workers),
+            "floor MiB": round(floor / MIB),
+            "baseline MiB": round(empty.peak / MIB),
+            "peak MiB": round(full.peak / MIB),
+            "(peak - baseline) / floor": round((full.peak - empty.peak) / floor, 3),
+        }
+    )
+    report.show("the whole run: resident memory of all processes together")
+    copy = parameters * MODEL_BYTES
+    roles = [("aggregator", full.aggregator, empty.aggregator)]
+    roles += [("worker", *peaks) for peaks in zip(full.workers.values(), empty.workers.values(), strict=False)]
+    copies = [
+        {
+            "process": role,
+            "peak MiB": round(peak / MIB),
+            "baseline MiB": round(base / MIB),
+            "copies": (peak - base) / copy,
+        }
+        for role, peak, base in roles
+    ]
+    report.show("each process at its own peak; copies: (peak - baseline) / float32 weights", copies)
+    for row in copies:
+        report.add(row)
+
+
+@dataclass
+class Peaks:
+    """Most bytes resident: all processes at one moment, and each process at its own worst."""
+
+    peak: int = 0
+    aggregator: int = 0
+    workers: dict[int, int] = field(default_factory=dict)
+
+
+def watch(options: list[str]) -> Peaks:
+    """Run the demo with `options` in a temporary folder and watch its memory. Raises RuntimeError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="photon-benchmark-") as folder:
+        log = Path(folder) / "log"
+        command = [sys.executable, "-c", "from photon.cli import main; main()", "train", "demo", *options]
+        with log.open("wb") as output:
+            run = subprocess.Popen([*command, "--run", f"{folder}/run"], stdout=output, stderr=output)
+            peaks = Peaks()
+            while run.poll() is None:
+                sample(psutil.Process(run.pid), peaks)
+                time.sleep(SAMPLE_EVERY_S)
+        if run.returncode:
+            raise RuntimeError(f"the run failed:\n{log.read_text(errors='replace')[-2000:]}")
+    return peaks
+
+
+def sample(run: psutil.Process, peaks: Peaks) -> None:
+    """Take one look at the run and its workers."""
+    try:
+        own = run.memory_info().rss
+        workers = {child.pid: child.memory_info().rss for child in run.children()}
+    except psutil.NoSuchProcess:
+        return  # one ended while we looked
+    peaks.peak = max(peaks.peak, own + sum(workers.values()))
+    peaks.aggregator = max(peaks.aggregator, own)
+    for pid, resident in workers.items():
+        peaks.workers[pid] = max(peaks.workers.get(pid, 0), resident)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,237 @@
+"""A reply that is wrong in any way costs its node the round and harms nothing else.
+
+The network changes what one node says; the round must end, to the last bit, as if that node had not answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support import (
+    LENGTH,
+    Delivery,
+    Federation,
+    Network,
+    edited,
+    tampering,
+    tiny_recipe,
+    weights,
+    without_timings,
+)
+from torch import Tensor
+
+from photon.aggregator import server
+from photon.aggregator.validate import verify_identity, verify_training
+from photon.errors import ReplyRefusedError, RoundFailedError, WireError
+from photon.fabric.base import Arrival, Lost
+from photon.link.tensors import decode_tensors
+from photon.link.update import Message, Task, decode_message, expect_reply, expect_task
+
+RECIPE = tiny_recipe(federation={"rounds": 1, "quorum": 0.5})
+NORM, EMBEDDING = "norm.weight", "embed_tokens.weight"
+Lie = Callable[[bytes], bytes]
+
+
+def values(change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Lie:
+    return lambda message: edited(message, change)
+
+
+def replaced(name: str, change: Callable[[Tensor], Tensor]) -> Lie:
+    return values(lambda update: update | {name: change(update[name])})
+
+
+def one_value(value: float) -> Lie:
+    """A single number in the middle of an update is exchanged."""
+    return replaced(EMBEDDING, lambda tensor: tensor.index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(value)))
+
+
+def report(**changes: object) -> Lie:
+    return lambda message: edited(message, training=changes)
+
+
+# What ada says instead of the truth, and what is said of it. Two steps of two sequences: 24 tokens are the truth.
+LIES: dict[str, tuple[Lie, str]] = {
+    "another run": (lambda m: edited(m, run="other"), "its run is not the one"),
+    "another round": (lambda m: edited(m, round=7), "its round is not the one"),
+    "another base": (lambda m: edited(m, base_sha256="0" * 64), "its base_sha256 is not the one"),
+    "another node": (lambda m: edited(m, node="bob"), "sent by 'ada' in the name of 'bob'"),
+    "another task": (lambda m: edited(m, nonce="0" * 16), "no answer before the deadline"),
+    "failed": (lambda m: edited(m, status="failed", error="disk full"), "the node reports: disk full"),
+    "no report": (lambda m: edited(m, training=None), "no training report"),
+    "no scores": (lambda m: edited(m, evaluation=None), "no evaluation report"),
+    "scores of nothing": (lambda m: edited(m, evaluation={"tokens": 0}), "no evaluation report"),
+    "no tokens": (report(tokens=0), "claims 0 tokens"),
+    "too many tokens": (report(tokens=25), "claims 25 tokens in 2 steps"),
+    "too many steps": (report(steps=3, tokens=36), "claims 3 steps of a task of 2"),
+    "no steps": (report(steps=0), "claims 0 steps"),
+    "unknown codec": (lambda m: edited(m, codec="zip"), "codec 'zip'"),
+    "codec that it is not": (lambda m: edited(m, codec="bfloat16"), "codec bfloat16 sends torch.bfloat16"),
+    "not a number": (one_value(float("nan")), "not finite"),
+    "infinite": (one_value(float("inf")), "not finite"),
+    "minus infinite": (one_value(float("-inf")), "not finite"),
+    "a million times": (values(lambda u: {name: tensor * 1e6 for name, tensor in u.items()}), "beyond 1024"),
+    "one value too large": (one_value(-1024.1), "beyond 1024"),
+    "shape": (replaced(NORM, lambda tensor: tensor[:-1]), "has shape (7,), expected (8,)"),
+    "transposed": (replaced(EMBEDDING, lambda tensor: tensor.T), "has shape (8, 13)"),
+    "dtype": (replaced(NORM, lambda tensor: tensor.double()), "is torch.float64"),
+    "a tensor is missing": (values(lambda u: {k: v for k, v in u.items() if k != NORM}), "lacks 1 tensors"),
+    "a tensor too many": (values(lambda u: u | {"back.door": torch.zeros(1)}), "unknown tensor 'back.door'"),
+    "no update": (values(lambda _: {}), "lacks"),
+    "a task": (lambda m: m.replace(b'"kind":"reply"', b'"kind":"task"'), "malformed task header"),
+    "cut in the header": (lambda m: m[:100], "the message has 100"),
+    "cut in the update": (lambda m: m[:-1], "tensors cover"),
+    "a byte too many": (lambda m: m + b"\0", "tensors cover"),
+    "nothing": (lambda _: b"", "not a Photon message"),
+    "noise": (lambda _: bytes(range(256)) * 9, "not a Photon message"),
+}
+
+
+def outcome(federation: Federation) -> tuple[str, object, set[str]]:
+    """The model, and the record but for the reason why a node is missing."""
+    digest = federation.run().model_sha256
+    (event,) = federation.rounds()
+    plain = without_timings(event)
+    return digest, plain | {"missing": None}, set(event.missing)
+
+
+def silent(node: str) -> Network:
+    return lambda arrivals: [(0.0, Lost(a.node, "gone") if a.node == node else a) for a in arrivals]
+
+
+@pytest.fixture(scope="module")
+def without_ada(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object, set[str]]:
+    return outcome(Federation(tmp_path_factory.mktemp("without"), RECIPE, silent("ada")))
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_costs_the_liar_the_round_and_nothing_else(lie: str, without_ada: object, tmp_path: Path) -> None:
+    tell, reason = LIES[lie]
+    federation = Federation(tmp_path, RECIPE, tampering("ada", tell))
+    assert outcome(federation) == without_ada
+    assert reason in federation.rounds()[0].missing["ada"]
+
+
+def test_a_lie_that_is_believed_shows(without_ada: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: nothing is checked. Then what the test above compares differs, so it can fail."""
+    monkeypatch.setattr(server, "verify_training", lambda *_: 0.0)
+    tell, _ = LIES["too many steps"]
+    assert outcome(Federation(tmp_path, RECIPE, tampering("ada", tell))) != without_ada
+
+
+def test_a_stolen_reply_counts_for_neither_side_but_its_owner(tmp_path: Path) -> None:
+    """bob hands in ada's reply as his own: he is refused, she is not."""
+
+    def network(arrivals: list[Arrival]) -> list[Delivery]:
+        of = {a.node: a for a in arrivals}
+        return [(0.0, Arrival("bob", of["ada"].message)), (0.0, of["ada"]), (0.0, of["cyd"])]
+
+    stolen = Federation(tmp_path / "stolen", RECIPE, network)
+    assert outcome(stolen) == outcome(Federation(tmp_path / "without", RECIPE, silent("bob")))
+    assert "sent by 'bob' in the name of 'ada'" in stolen.rounds()[0].missing["bob"]
+
+
+def test_a_node_that_fails_says_so_and_the_others_go_on(without_ada: object, tmp_path: Path) -> None:
+    federation = Federation(tmp_path, RECIPE)
+    (tmp_path / "nodes" / "ada").mkdir(parents=True)
+    (tmp_path / "nodes" / "ada" / "state" / "000000").mkdir(parents=True)  # a state without content
+    assert outcome(federation) == without_ada
+    assert "the node reports: StateError" in federation.rounds()[0].missing["ada"]
+
+
+def test_a_reply_said_many_times_counts_once(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    once = Federation(tmp_path / "once", recipe)
+    thrice = Federation(tmp_path / "thrice", recipe, lambda arrivals: [(0.0, a) for a in arrivals * 3])
+    assert thrice.run().model_sha256 == once.run().model_sha256
+    assert without_timings(thrice.rounds()) == without_timings(once.rounds())
+
+
+def test_a_replay_of_the_round_before_is_ignored(tmp_path: Path) -> None:
+    """Also when it comes first: the node's true answer still counts."""
+    old: list[Arrival] = []
+
+    def network(arrivals: list[Arrival]) -> list[Delivery]:
+        replayed = [(0.0, arrival) for arrival in old]
+        old[:] = arrivals
+        return [*replayed, *((1.0, arrival) for arrival in arrivals)]
+
+    honest, replayed = Federation(tmp_path / "a", tiny_recipe()), Federation(tmp_path / "b", tiny_recipe(), network)
+    assert replayed.run().model_sha256 == honest.run().model_sha256
+    assert without_timings(replayed.rounds()) == without_timings(honest.rounds())
+
+
+def test_a_round_without_its_quorum_commits_nothing_and_can_be_done_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(node={"optimizer": "adamw"}, federation={"rounds": 2, "quorum": 1.0})
+    whole = Federation(tmp_path / "whole", recipe).run()
+
+    def fail_in_round_1(arrivals: list[Arrival]) -> list[Delivery]:
+        if expect_reply(decode_message(arrivals[0].message)).round == 0:
+            return [(0.0, arrival) for arrival in arrivals]
+        return [(0.0, Lost(a.node, "power cut") if a.node == "bob" else a) for a in arrivals]
+
+    folder = tmp_path / "failing"
+    failing = Federation(folder, recipe, fail_in_round_1)
+    with pytest.raises(RoundFailedError, match=r"round 1: 2 of 3 nodes counted.*asks for 3.*bob: power cut.*resume"):
+        failing.run()
+    assert failing.store.rounds() == [0, 1]
+    assert len(failing.rounds()) == 1
+    assert Federation(folder, recipe).run().model_sha256 == whole.model_sha256
+
+
+# --- single checks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, bytes, dict[str, Tensor]]:
+    """A task, what a real node answered, and the base."""
+    federation = Federation(tmp_path_factory.mktemp("honest"), tiny_recipe(["ada"], federation={"rounds": 1}))
+    base = weights(federation.aggregator.state())
+    federation.run()
+    (_, sent), (_, received) = federation.fabric.sent[0], federation.fabric.received[0]
+    return expect_task(decode_message(sent)), received, base
+
+
+def judge(data: bytes, task: Task, base: Mapping[str, Tensor]) -> tuple[Message, float]:
+    message = decode_message(data)
+    verify_identity("ada", expect_reply(message), task)
+    return message, verify_training(message, task, 2 * LENGTH, base)
+
+
+def test_the_norm_is_that_of_the_whole_update(honest: tuple[Task, bytes, dict[str, Tensor]]) -> None:
+    task, data, base = honest
+    message, norm = judge(data, task, base)
+    values = torch.cat([tensor.flatten().double() for tensor in decode_tensors(message.body).values()])
+    assert norm == pytest.approx(float(values.norm()), rel=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_truncation_is_refused(honest: tuple[Task, bytes, dict[str, Tensor]], data: st.DataObject) -> None:
+    task, message, base = honest
+    with pytest.raises((WireError, ReplyRefusedError)):
+        judge(message[: data.draw(st.integers(0, len(message) - 1))], task, base)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_flipped_bit_is_refused_or_within_the_bounds_of_an_update(
+    honest: tuple[Task, bytes, dict[str, Tensor]], data: st.DataObject
+) -> None:
+    task, message, base = honest
+    flipped = bytearray(message)
+    # Half of the flips in the header, which is a tenth of the message.
+    place = data.draw(st.one_of(st.integers(0, 900), st.integers(0, len(message) - 1)))
+    flipped[place] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        received, norm = judge(bytes(flipped), task, base)
+    except (WireError, ReplyRefusedError):
+        return
+    reply = expect_reply(received)
+    assert 0 < reply.training.tokens <= 24
+    assert norm <= 1024 * sum(tensor.numel() for tensor in base.values()) ** 0.5
+    assert {name: t.shape for name, t in decode_tensors(received.body).items()} == {n: t.shape for n, t in base.items()}

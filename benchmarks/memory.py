@@ -55,7 +55,7 @@ def main(
     report = Report("memory", out)
     options = [f"data.dir={json.dumps(data_dir)}", *OPTIONS, *(option or [])]
     builtin_text(data_dir, *options)
-    empty = watch(options + ["model.layers=1", "model.width=32", "model.heads=1"])
+    empty = watch([*options, "model.layers=1", "model.width=32", "model.heads=1"])
     options += [f"model.layers={layers}", f"model.width={width}", "model.heads=8"]
     recipe = load_recipe("demo", options)
     parameters = count_parameters(recipe.model, VOCABULARY, LENGTH).total

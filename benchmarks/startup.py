@@ -21,11 +21,7 @@ from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Quiet, Report, Sp
 from photon.errors import StoppedError
 from photon.events import Event, NodeProgress, RunStarted
 
-COMMANDS = {
-    "photon --version": ["--version"],
-    "photon train --help": ["train", "--help"],
-    "photon presets": ["presets"],
-}
+COMMANDS = (["--help"], ["train", "--help"], ["presets"])
 
 
 def main(
@@ -40,9 +36,9 @@ def main(
         return
     report = Report("startup", out)
     builtin_text(data_dir)
-    for name, arguments in COMMANDS.items():
+    for arguments in COMMANDS:
         seconds = Spread([time_command(arguments) for _ in range(repeats)])
-        report.add({"until": name, "wall s": str(seconds), "starts": repeats})
+        report.add({"until": f"photon {' '.join(arguments)} is over", "wall s": str(seconds), "starts": repeats})
     starts = [one_start(data_dir) for _ in range(repeats)]
     for stage in starts[0]:
         wall = Spread([start[stage][0] for start in starts])

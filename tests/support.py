@@ -29,7 +29,7 @@ from photon.errors import PhotonError
 from photon.events import Evaluated, Event, RoundDone
 from photon.fabric.base import Arrival, FabricEvent, NodeInfo
 from photon.link.tensors import decode_tensors, encode_tensors
-from photon.link.update import Reply, decode_message, encode_message
+from photon.link.update import decode_message, encode_message, expect_reply
 from photon.model.base import LanguageModel
 from photon.model.build import build_model, named_weights
 from photon.node.node import HeldOut, Node, Site, failure_reply
@@ -95,10 +95,14 @@ def on_time(arrivals: list[Arrival]) -> list[Delivery]:
 
 
 def tampering(node: str, change: Callable[[bytes], bytes]) -> Network:
-    """Every message of `node` is changed on its way."""
+    """Every update of `node` is changed on its way; replies with scores alone are not."""
+
+    def changed(arrival: Arrival) -> Arrival:
+        trained = expect_reply(decode_message(arrival.message)).training is not None
+        return Arrival(node, change(arrival.message)) if trained and arrival.node == node else arrival
 
     def network(arrivals: list[Arrival]) -> list[Delivery]:
-        return [(0.0, Arrival(a.node, change(a.message)) if a.node == node else a) for a in arrivals]
+        return [(0.0, changed(arrival)) for arrival in arrivals]
 
     return network
 
@@ -251,7 +255,7 @@ def edited(
     Nothing is validated, so that a test can write what no honest node would.
     """
     received = decode_message(message)
-    reply = cast(Reply, received.header)
+    reply = expect_reply(received)
     for part in ("training", "evaluation"):
         report = getattr(reply, part)
         if report is not None and isinstance(changes.get(part), Mapping):

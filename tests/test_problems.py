@@ -49,11 +49,11 @@ def complaints(text: str, *overrides: str) -> list[str]:
         ),
         (
             "[node]\nbetas = [0.9, 1.5]",
-            "[node] betas = [0.9, 1.5]: must be a list of 2 numbers, each from 0 to 1 (AdamW's betas)",
+            "[node] betas = [0.9, 1.5]: must be a list of 2 numbers, each >= 0 and < 1.0 (AdamW's betas)",
         ),
         (
             "[node]\nbetas = [0.9]",
-            "[node] betas = [0.9]: must be a list of 2 numbers, each from 0 to 1 (AdamW's betas)",
+            "[node] betas = [0.9]: must be a list of 2 numbers, each >= 0 and < 1.0 (AdamW's betas)",
         ),
         ("[[node]]\nlr = 1", "[node] must be one section with options below it, not [{lr = 1}]"),
         ("[model]\npreset = 'mpt-3'", "there is no shape `mpt-3`; did you mean `mpt-3b`?"),
@@ -99,7 +99,7 @@ def test_mistakes_of_the_whole(text: str, expected: str) -> None:
     [
         ("federation.tau=0", f"{INTEGER} (local steps between exchanges)"),
         ("node.lr=fast", "must be a number >= 0 (peak learning rate (AdamW/SGD part))"),
-        ("node.betas=[1,2]", "must be a list of 2 numbers, each from 0 to 1 (AdamW's betas)"),
+        ("node.betas=[1,2]", "must be a list of 2 numbers, each >= 0 and < 1.0 (AdamW's betas)"),
         ("node.betas=[1,2", "the value is not valid TOML: Unclosed array"),
         ("node.batchsize=4", "[node] has no option `batchsize`; did you mean `batch_size`?"),
         ("nod.lr=4", "there is no section `nod`; did you mean [node]?"),

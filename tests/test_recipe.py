@@ -83,7 +83,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
     }
     silo = st.fixed_dictionaries(
         {"name": st.sampled_from(["core", "net.a", "Docs-3"]), "text": st.lists(texts, min_size=1, max_size=3) | texts},
-        optional={"batch_size": counts, "device": texts, "field": texts},
+        optional={"batch_size": counts, "device": st.sampled_from(["auto", "cpu", "cuda:3"]), "field": texts},
     )
     silos = st.lists(silo, min_size=1, max_size=3, unique_by=lambda s: s["name"])
     return draw(st.fixed_dictionaries({"silo": silos}, optional=optional))

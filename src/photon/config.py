@@ -90,12 +90,16 @@ class DataConfig(Section):
         description="Size of a trained vocabulary; with a given tokenizer, the least rows of the embedding (padding).",
     )
     tokenizer_bytes_per_silo: int = Field(
-        4_000_000, ge=0, description="Text each silo contributes to a trained tokenizer (a vocabulary leaks words)."
+        4_000_000,
+        ge=0,
+        description="Text each silo contributes to a trained tokenizer, shared by its sources (vocabularies leak words).",
     )
     sequence_length: int = Field(256, ge=2, description="Tokens per training sequence.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of documents held out, by content hash.")
-    max_bytes_per_silo: Positive | None = Field(None, description="Stop reading a silo's text after so many bytes.")
-    build_workers: Positive | Auto = Field("auto", description="Processes that tokenise (auto = number of cores).")
+    max_bytes_per_silo: Positive | None = Field(
+        None, description="Read so much of a silo's text, shared by its sources."
+    )
+    build_workers: Positive | Auto = Field("auto", description="Threads that tokenise (auto = number of cores).")
 
 
 class NodeConfig(Section):
@@ -230,7 +234,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         names = [s.name for s in self.silo]
-        if len(set(n.lower() for n in names)) != len(names):
+        if len({n.lower() for n in names}) != len(names):
             raise ValueError(f"silo names must differ (also in more than case): {', '.join(names)}")
         k = self.federation.nodes_per_round
         if k is not None and k > len(names):

@@ -25,6 +25,7 @@ again.
 - Bytes are of serialised messages. Bytes and tokens are running totals of the committed run, except those that begin
   with `round_` and those inside [NodeRound](#noderound), which count one round.
 - A resume cuts the file back to the end of the last committed round, so no round is counted twice.
+- A number that is not finite is written as text: `"NaN"`, `"Infinity"`.
 - Losses are in nats per token. Numbers over silos are pooled from sums: a mean over all held-out tokens.
 - `photon.track.read_events(path)` returns typed events and refuses a damaged line by its number.
 

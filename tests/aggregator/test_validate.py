@@ -119,7 +119,7 @@ def test_a_lie_costs_the_liar_the_round_and_nothing_else(lie: str, without_ada: 
 def test_a_lie_that_is_believed_shows(without_ada: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: nothing is checked. Then what the test above compares differs, so it can fail."""
     monkeypatch.setattr(server, "verify_training", lambda *_: 0.0)
-    tell, _ = LIES["too many steps"]
+    tell, _ = LIES["a million times"]
     assert outcome(Federation(tmp_path, RECIPE, tampering("ada", tell))) != without_ada
 
 

@@ -62,7 +62,9 @@ def fused(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """`rows` of N at a time, matrix products in `dtype`; `hidden` and `weight` as they are stored."""
     wants_gradients = torch.is_grad_enabled()  # inside `forward` it is always off
-    loss: Tensor = _Chunked.apply(hidden, weight, targets, rows, dtype, wants_gradients)
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]  # torch's stub has no types here
+        hidden, weight, targets, rows, dtype, wants_gradients
+    )
     return loss
 
 

@@ -1,0 +1,242 @@
+"""Quorum, grace and deadline on a made-up clock: nothing is waited for without end, nothing counts twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support import Delivery, InlineFabric
+
+from photon.aggregator import exchange as exchange_module
+from photon.aggregator.exchange import Exchange, Patience
+from photon.events import NodeProgress
+from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
+from photon.link.ledger import Ledger
+from photon.link.update import Reply, Task, decode_message, encode_message, expect_task
+
+NODES = ("ada", "bob", "cyd", "dan")
+PATIENCE = Patience(quorum=0.5, grace_s=10.0, deadline_s=100.0)
+
+
+def answer(data: bytes, **changes: object) -> bytes:
+    """An ok reply to a serialised task; the Exchange looks no further than its header."""
+    fields = expect_task(decode_message(data)).model_dump(include={"run", "round", "node", "nonce", "base_sha256"})
+    return encode_message(Reply.model_validate({**fields, "status": "ok", **changes}), b"update")
+
+
+class Trial:
+    """One exchange over a network that gives each node's reply the times in `at` (none: it never comes)."""
+
+    def __init__(
+        self,
+        at: dict[str, Iterable[float]],
+        patience: Patience = PATIENCE,
+        change: Callable[[list[Arrival]], list[Delivery]] | None = None,
+        evaluators: Iterable[str] = (),
+        slots: int = len(NODES),
+    ) -> None:
+        self.fabric = InlineFabric(
+            dict.fromkeys(NODES, answer),
+            [NodeInfo(name, 1) for name in NODES],
+            change or (lambda arrivals: [(s, a) for a in arrivals for s in at.get(a.node, ())]),
+        )
+        self.fabric.slots = slots
+        self.ledger, self.progress = Ledger(), list[NodeProgress]()
+        self.exchange = Exchange(self.fabric, self.ledger, patience, self.progress.append)
+        self.tasks = {name: self.task(name, 0 if name in evaluators else 5) for name in NODES}
+        self.counted: list[str] = []
+
+    def task(self, node: str, tau: int) -> Task:
+        return Task(
+            run="r", round=4, node=node, nonce=f"nonce-{node}", base_sha256="0" * 64,
+            evaluate=tau == 0, sequential_step=20, tau=tau, deadline_s=100.0,
+        )  # fmt: skip
+
+    def run(self, refuse: Iterable[str] = ()) -> Trial:
+        patched = pytest.MonkeyPatch()
+        patched.setattr(exchange_module, "time", SimpleNamespace(monotonic=lambda: self.fabric.now))
+        with patched.context():
+            self.exchange.send(self.tasks, b"base")
+            for task, message in self.exchange.replies():
+                assert message.header.node == task.node
+                self.counted.append(task.node)
+                if task.node in refuse:
+                    self.exchange.refuse(task.node, "no good")
+        patched.undo()
+        return self
+
+
+def test_all_answer_and_the_exchange_ends_with_the_last() -> None:
+    trial = Trial({"ada": [3.0], "bob": [1.0], "cyd": [2.0], "dan": [4.0]}).run()
+    assert trial.counted == ["bob", "cyd", "ada", "dan"]
+    assert trial.fabric.now == 4.0
+    assert trial.exchange.missing == {}
+    assert trial.fabric.abandoned == []
+
+
+def test_after_the_quorum_the_others_have_the_grace_time_and_no_more() -> None:
+    """Half of four is two: the second reply, at 2 s, starts ten seconds of grace; later replies do not restart it."""
+    trial = Trial({"ada": [1.0], "bob": [2.0], "cyd": [11.9], "dan": [12.1]}).run()
+    assert trial.counted == ["ada", "bob", "cyd"]
+    assert trial.fabric.now == pytest.approx(12.0)
+    assert trial.exchange.missing == {"dan": "no answer before the deadline"}
+    assert trial.fabric.abandoned == ["dan"]
+    assert trial.exchange.quorum_is_met
+
+
+def test_nothing_is_waited_for_beyond_the_deadline() -> None:
+    silent = Trial({}).run()
+    assert silent.fabric.now == pytest.approx(110.0)  # deadline and grace, so that the last second's reply can travel
+    assert silent.counted == []
+    assert set(silent.exchange.missing) == set(silent.fabric.abandoned) == set(NODES)
+    assert not silent.exchange.quorum_is_met
+    late = Trial({"ada": [1.0], "bob": [111.0]}, Patience(1.0, 10.0, 100.0)).run()
+    assert (late.counted, late.fabric.now) == (["ada"], pytest.approx(110.0))
+
+
+@pytest.mark.parametrize(("slots", "waves"), [(4, 1), (3, 2), (2, 2), (1, 4)])
+def test_nodes_that_queue_for_a_device_have_the_time_of_all_before_them(slots: int, waves: int) -> None:
+    assert Trial({}, slots=slots).run().fabric.now == pytest.approx(100.0 * waves + 10.0)
+
+
+def test_the_quorum_ends_no_exchange_before_its_grace_even_if_the_deadline_is_near() -> None:
+    trial = Trial({"ada": [1.0], "bob": [105.0], "cyd": [109.0]}).run()
+    assert trial.counted == ["ada", "bob", "cyd"]
+    assert trial.fabric.now == pytest.approx(110.0)  # and never later than without a quorum
+
+
+def test_a_refused_reply_does_not_count_towards_the_quorum() -> None:
+    trial = Trial({"ada": [1.0], "bob": [2.0], "cyd": [50.0]}).run(refuse=["ada"])
+    assert trial.counted == ["ada", "bob", "cyd"]  # with ada, two would have been a quorum, and cyd too late
+    assert trial.exchange.missing == {"ada": "refused: no good", "dan": "no answer before the deadline"}
+    assert trial.exchange.quorum_is_met
+    refused = Trial({"ada": [1.0], "bob": [2.0]}).run(refuse=["ada", "bob"])
+    assert not refused.exchange.quorum_is_met
+
+
+def test_the_quorum_is_of_those_asked_to_train() -> None:
+    """Owners who only score the base neither help a quorum nor keep one from being met."""
+    trial = Trial({"ada": [5.0], "cyd": [1.0], "dan": [2.0]}, Patience(1.0, 10.0, 100.0), evaluators=["cyd", "dan"])
+    trial.run()
+    assert trial.exchange.quorum == 2
+    assert not trial.exchange.quorum_is_met
+    scoring = Trial({"ada": [1.0]}, Patience(0.25, 0.0, 100.0), evaluators=NODES).run()
+    assert scoring.exchange.quorum_is_met  # where nobody trains, all count
+
+
+@pytest.mark.parametrize(("share", "quorum"), [(1.0, 4), (0.76, 4), (0.75, 3), (0.5, 2), (0.26, 2), (0.01, 1)])
+def test_a_quorum_is_rounded_up(share: float, quorum: int) -> None:
+    trial = Trial({}, Patience(share, 0.0, 1.0))
+    trial.exchange.send(trial.tasks, b"")
+    assert trial.exchange.quorum == quorum
+
+
+def test_a_lost_node_is_not_waited_for() -> None:
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        return [(1.0, Lost(a.node, "its worker died") if a.node == "ada" else a) for a in arrivals]
+
+    trial = Trial({}, change=change).run()
+    assert trial.fabric.now == 1.0
+    assert trial.exchange.missing == {"ada": "its worker died"}
+
+
+def test_what_was_given_up_stays_given_up() -> None:
+    """An answer after the node was reported lost is on the ledger, and nowhere else."""
+
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        ada = arrivals[0]
+        return [
+            (1.0, Lost("ada", "gone")),
+            (2.0, ada),
+            (2.5, Lost("ada", "gone again")),
+            *((3.0, a) for a in arrivals[1:]),
+        ]
+
+    trial = Trial({}, change=change).run()
+    assert trial.counted == ["bob", "cyd", "dan"]
+    assert trial.exchange.missing == {"ada": "gone"}
+    assert trial.ledger.of("ada").bytes_up == len(answer(trial.fabric.sent[0][1]))
+
+
+def test_the_answer_to_an_earlier_task_does_not_stand_in_for_this_one() -> None:
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        early = [
+            Arrival(a.node, answer(message, nonce="old")) for a, (_, message) in zip(arrivals, sent(), strict=True)
+        ]
+        return [(1.0, a) for a in early] + [(2.0, a) for a in arrivals]
+
+    trial = Trial({}, change=change)
+    sent = lambda: trial.fabric.sent  # noqa: E731  # bound late: the trial is made with the network
+    trial.run()
+    assert sorted(trial.counted) == list(NODES)
+    assert trial.ledger.total.bytes_up == sum(len(message) for _, message in trial.fabric.received)
+    assert len(trial.fabric.received) == 8
+
+
+def test_who_speaks_for_another_is_refused_and_the_other_is_not() -> None:
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        of = {a.node: a.message for a in arrivals}
+        return [(1.0, Arrival("ada", of["bob"])), *((2.0, a) for a in arrivals if a.node != "ada")]
+
+    trial = Trial({}, change=change).run()
+    assert sorted(trial.counted) == ["bob", "cyd", "dan"]
+    assert "sent by 'ada' in the name of 'bob'" in trial.exchange.missing["ada"]
+
+
+def test_a_sender_that_was_not_asked_changes_nothing_but_the_ledger() -> None:
+    trial = Trial({}, change=lambda arrivals: [(1.0, Arrival("eve", b"x" * 77)), *((2.0, a) for a in arrivals)]).run()
+    assert sorted(trial.counted) == list(NODES)
+    assert trial.exchange.missing == {}
+    assert trial.ledger.of("eve").bytes_up == 77
+
+
+def test_progress_is_passed_on_and_ends_for_every_node() -> None:
+    report = NodeProgress(node="ada", round=4, state="training", step=2, steps=5)
+    trial = Trial({}, change=lambda arrivals: [(0.5, report), *((1.0, a) for a in arrivals if a.node != "dan")]).run()
+    assert trial.progress[0] == report
+    assert {p.node: p.state for p in trial.progress} == {"ada": "done", "bob": "done", "cyd": "done", "dan": "failed"}
+
+
+deliveries = st.lists(
+    st.tuples(st.sampled_from([*NODES, "eve"]), st.floats(0, 130), st.sampled_from("okxlf")), max_size=14
+)
+
+
+@settings(deadline=None)
+@given(deliveries, st.floats(0.1, 1.0), st.floats(0, 20), st.integers(1, 4))
+def test_any_network_gives_each_node_one_outcome_in_bounded_time(
+    plan: list[tuple[str, float, str]], quorum: float, grace_s: float, slots: int
+) -> None:
+    """o, k: the reply; x: noise; l: lost; f: a failure."""
+
+    def event(node: str, kind: str, replies: dict[str, bytes]) -> FabricEvent:
+        reply = replies.get(node, b"?")
+        match kind:
+            case "x":
+                return Arrival(node, reply[:20])
+            case "l":
+                return Lost(node, "lost")
+            case "f" if node in replies:
+                return Arrival(node, reply.replace(b'"status":"ok"', b'"status":"failed"'))
+            case _:
+                return Arrival(node, reply)
+
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        replies = {a.node: a.message for a in arrivals}
+        return [(at, event(node, kind, replies)) for node, at, kind in plan]
+
+    trial = Trial({}, Patience(quorum, grace_s, 100.0), change, slots=slots).run()
+    exchange = trial.exchange
+    assert len(set(trial.counted)) == len(trial.counted)
+    assert set(trial.counted) | set(exchange.missing) == set(NODES)
+    assert not set(trial.counted) & set(exchange.missing)
+    assert exchange.quorum_is_met == (len(trial.counted) >= exchange.quorum)
+    assert trial.fabric.now <= 100.0 * -(-4 // slots) + grace_s + 1e-9
+    first = {node: min((at, i) for i, (n, at, k) in enumerate(plan) if n == node) for node, _, _ in plan}
+    assert all(plan[first[node][1]][2] in "ok" for node in trial.counted)  # what comes first is what counts
+    assert trial.ledger.total.bytes_down == sum(len(message) for _, message in trial.fabric.sent)
+    assert trial.ledger.total.bytes_up == sum(len(message) for _, message in trial.fabric.received)
+    assert trial.ledger.round == trial.ledger.total

@@ -92,7 +92,7 @@ class DataConfig(Section):
     tokenizer_bytes_per_silo: int = Field(
         4_000_000,
         ge=0,
-        description="Text each silo contributes to a trained tokenizer, shared by its sources (vocabularies leak words).",
+        description="Text each silo gives to a trained tokenizer, shared by its sources (a vocabulary leaks words).",
     )
     sequence_length: int = Field(256, ge=2, description="Tokens per training sequence.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Share of documents held out, by content hash.")

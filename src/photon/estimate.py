@@ -41,8 +41,8 @@ def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
     Per parameter, a node holds float32 weights and gradients (4 + 4 bytes), with mixed precision a bfloat16 copy (2),
     and the optimizer's state: AdamW 8, SGD 4 if it has momentum, Muon 4 for matrices and 8 for the rest.
     Beside the device it keeps the round's base and its update in float32 (4 + 4).
-    The Aggregator holds the model (4), the merge accumulator (8), the outer optimizer's state (0, 4 or 8) and one reply
-    (4, or 2 as bfloat16): the number of nodes does not enter.
+    The Aggregator holds the model (4), the same as sent (4), the merge accumulator (8), the outer optimizer's state
+    (0, 4 or 8) and one reply (4, or 2 as bfloat16): the number of nodes does not enter.
     Activations are those of `node.micro_batch_size` sequences, or of one, the least that works, if that is `auto`.
     """
     reply_bytes = _BFLOAT16_BYTES if recipe.link.up == "bfloat16" else _FLOAT32_BYTES
@@ -53,7 +53,7 @@ def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
         optimizer_bytes=_optimizer_bytes(recipe, parameters),
         activations_bytes=_activations_bytes(recipe),
         update_bytes=parameters * 2 * _FLOAT32_BYTES,
-        aggregator_bytes=parameters * (_FLOAT32_BYTES + _ACCUMULATOR_BYTES + outer_bytes + reply_bytes),
+        aggregator_bytes=parameters * (2 * _FLOAT32_BYTES + _ACCUMULATOR_BYTES + outer_bytes + reply_bytes),
     )
 
 

@@ -23,17 +23,17 @@ class RunStarted(_Event):
 
     event: Literal["run_started"] = "run_started"
     run: str = Field(description="Identity of the run; every task, reply and state carries it.")
-    recipe: str
-    nodes: list[str]
-    nodes_per_round: int
-    rounds: int
-    tau: int
-    parameters: int
+    recipe: str = Field(description="Name of the recipe.")
+    nodes: list[str] = Field(description="Nodes that train; the baseline has one, `pooled`.")
+    nodes_per_round: int = Field(description="Nodes sampled each round.")
+    rounds: int = Field(description="Rounds planned.")
+    tau: int = Field(description="Local steps a round.")
+    parameters: int = Field(description="Trained numbers of the model, tied weights once.")
     payload_bytes: int = Field(description="The global model as raw float32.")
     first_round: int = Field(description="0, or the round that is done first after a resume.")
-    device: str
-    workers: int
-    threads: int
+    device: str = Field(description="torch devices of the workers.")
+    workers: int = Field(description="Worker processes.")
+    threads: int = Field(description="CPU threads of each worker.")
 
 
 class Scores(BaseModel):
@@ -42,23 +42,23 @@ class Scores(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     loss: float = Field(description="Nats per token.")
-    perplexity: float
+    perplexity: float = Field(description="exp(loss), capped at exp(700).")
     bits_per_byte: float = Field(description="Comparable across tokenizers.")
     unigram_excess: float = Field(description="loss minus the silo's unigram loss, in nats; below 0 = context is used.")
-    tokens: int
+    tokens: int = Field(description="Held-out tokens scored.")
 
 
 class Evaluated(_Event):
     """Held-out quality of the global model after `round` rounds (0 = before training)."""
 
     event: Literal["evaluation"] = "evaluation"
-    round: int
-    sequential_step: int
-    tokens: int
-    bytes_up: int
-    bytes_down: int
-    pooled: Scores
-    silos: dict[str, Scores]
+    round: int = Field(description="Committed rounds behind the model that was scored.")
+    sequential_step: int = Field(description="Sequential steps behind it.")
+    tokens: int = Field(description="Tokens trained on behind it, by all nodes.")
+    bytes_up: int = Field(description="Nodes to Aggregator, up to when it was committed.")
+    bytes_down: int = Field(description="Aggregator to nodes, up to when it was committed.")
+    pooled: Scores = Field(description="Over all held-out tokens of the silos below.")
+    silos: dict[str, Scores] = Field(description="Of each owner that answered.")
 
 
 class NodeRound(BaseModel):
@@ -66,20 +66,20 @@ class NodeRound(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
-    tokens: int
-    steps: int
-    loss_first: float
-    loss_last: float
-    loss_mean: float
-    gradient_norm_mean: float
-    clipped_steps: int
+    tokens: int = Field(description="Really trained on; its weight in the merge.")
+    steps: int = Field(description="Local steps really taken.")
+    loss_first: float = Field(description="Training loss of the first local step.")
+    loss_last: float = Field(description="Of the last.")
+    loss_mean: float = Field(description="Mean over the local steps.")
+    gradient_norm_mean: float = Field(description="Mean global gradient norm before clipping.")
+    clipped_steps: int = Field(description="Steps whose gradient was clipped.")
     update_norm: float = Field(description="L2 norm of its pseudo-gradient as received.")
     seconds: float = Field(description="Local training time.")
     evaluation_seconds: float = Field(0.0, description="Time it took to score the base before training.")
-    tokens_per_second: float
+    tokens_per_second: float = Field(description="tokens / seconds.")
     epoch: float = Field(description="Passes over its own text so far.")
-    bytes_up: int
-    bytes_down: int
+    bytes_up: int = Field(description="Its replies this round, refused ones included.")
+    bytes_down: int = Field(description="Its tasks this round.")
 
 
 class RoundDone(_Event):
@@ -88,18 +88,18 @@ class RoundDone(_Event):
     event: Literal["round"] = "round"
     round: int = Field(description="Rounds committed so far, this one included (the first is 1).")
     sequential_step: int = Field(description="Sequential steps behind the global model after this round.")
-    tokens: int
-    round_tokens: int
+    tokens: int = Field(description="Trained on so far, by all nodes.")
+    round_tokens: int = Field(description="Trained on in this round.")
     tokens_per_second: float = Field(description="Of this round: tokens over wall seconds.")
-    bytes_up: int
-    bytes_down: int
-    round_bytes_up: int
-    round_bytes_down: int
+    bytes_up: int = Field(description="Nodes to Aggregator so far.")
+    bytes_down: int = Field(description="Aggregator to nodes so far.")
+    round_bytes_up: int = Field(description="Nodes to Aggregator in this round.")
+    round_bytes_down: int = Field(description="Aggregator to nodes in this round.")
     train_loss: float = Field(description="Token-weighted mean over nodes of the round's mean loss.")
     learning_rate: float = Field(description="At the last local step.")
     merged_norm: float = Field(description="L2 norm of the merged pseudo-gradient.")
     outer_norm: float = Field(description="L2 norm of the step the outer optimizer made.")
-    nodes: dict[str, NodeRound]
+    nodes: dict[str, NodeRound] = Field(description="Nodes that counted.")
     missing: dict[str, str] = Field(description="Sampled nodes that did not count, with the reason.")
     cosine: list[list[float]] = Field(description="Pairwise cosine of updates (sketched), rows as sorted(nodes).")
     phases_s: dict[str, float] = Field(
@@ -111,8 +111,8 @@ class Sampled(_Event):
     """Text the global model wrote."""
 
     event: Literal["sample"] = "sample"
-    round: int
-    prompt: str
+    round: int = Field(description="Committed rounds behind the model that wrote.")
+    prompt: str = Field(description="What it was given.")
     text: str = Field(description="What it wrote after the prompt, which is not repeated.")
 
 
@@ -120,8 +120,8 @@ class RunFinished(_Event):
     """The last event of a finished run."""
 
     event: Literal["run_finished"] = "run_finished"
-    round: int
-    model_sha256: str
+    round: int = Field(description="Rounds of the run.")
+    model_sha256: str = Field(description="Of the final model's weights as they travel.")
 
 
 Event = Annotated[

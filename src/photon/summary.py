@@ -78,7 +78,7 @@ class Summary(_Closed):
     bytes_down: int = Field(description="Serialised payload, Aggregator to nodes.")
     bytes_ddp: int = Field(description="What per-step data-parallel training would have moved for the same steps.")
     bytes_ddp_formula: str = Field(description="How bytes_ddp was computed.")
-    bytes_ratio: float | None = Field(description="bytes_ddp / (bytes_up + bytes_down); null if nothing was moved.")
+    bytes_ratio: float | None = Field(description="bytes_ddp / (bytes_up + bytes_down); null for one node or no bytes.")
     before: Standing | None = Field(description="First evaluation; null before there is one.")
     after: Standing | None = Field(description="Last evaluation; null before there is one.")
     model_sha256: str | None = Field(description="Of the final model's weights; null until the run is finished.")
@@ -128,7 +128,7 @@ def summarise(events: Sequence[Event]) -> Summary:
         bytes_down=bytes_down,
         bytes_ddp=bytes_ddp,
         bytes_ddp_formula=BYTES_DDP_FORMULA,
-        bytes_ratio=bytes_ddp / moved if moved else None,
+        bytes_ratio=bytes_ddp / moved if moved and start.nodes_per_round > 1 else None,
         before=Standing.at(evaluations[0]) if evaluations else None,
         after=Standing.at(evaluations[-1]) if evaluations else None,
         model_sha256=finish.model_sha256 if finish else None,

@@ -17,7 +17,7 @@ from photon.aggregator.outer import OuterOptimizer
 from photon.aggregator.sampling import sample_nodes
 from photon.aggregator.scores import Tally
 from photon.aggregator.state import GlobalState, RoundStore
-from photon.aggregator.validate import codec_of, evaluation_report, training_report, verify_training
+from photon.aggregator.validate import codec_of, evaluation_report, training_report, verify_norm, verify_training
 from photon.config import Recipe
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
 from photon.events import Evaluated, NodeRound, RoundDone
@@ -77,9 +77,8 @@ class Aggregator:
 
         # 2. The outer optimizer descends along the merged pseudo-gradient.
         stepping = time.monotonic()
-        before = {name: tensor.clone() for name, tensor in self.outer.weights().items()}
         self.outer.step(merged.pseudo_gradient)
-        outer_norm = _norm({name: before[name] - tensor for name, tensor in self.outer.weights().items()})
+        outer_norm = _distance(self.payload, self.outer.weights())
         self.payload = encode_tensors(self.outer.weights())
         self.model_sha256 = sha256_hex(self.payload)
         tokens = sum(report.tokens for report in merged.reports.values())
@@ -115,6 +114,7 @@ class Aggregator:
                 if task.tau == 0:
                     continue
                 norm = verify_training(message, task, limits[node], base)
+                verify_norm(norm, self.recipe.link.max_update_norm)
                 report = training_report(reply)
             except (ReplyRefusedError, WireError) as error:
                 exchange.refuse(node, str(error))
@@ -159,7 +159,10 @@ class Aggregator:
             self.tracker.note(f"the final score lacks {', '.join(sorted(exchange.missing))}: {exchange.missing}")
         if not tally.is_empty:
             self.progress = replace(
-                self.progress, bytes_up=self.ledger.total.bytes_up, bytes_down=self.ledger.total.bytes_down
+                self.progress,
+                bytes_up=self.ledger.total.bytes_up,
+                bytes_down=self.ledger.total.bytes_down,
+                seconds=self._seconds(),
             )
             self.tracker.write(self._evaluated(tally))
 
@@ -249,6 +252,13 @@ def _update(message: Message, base: Mapping[str, Tensor]) -> Iterator[tuple[str,
     codec = codec_of(expect_reply(message))
     for name, wire in iterate_tensors(message.body):
         yield name, codec.decode(name, wire, base[name])
+
+
+def _distance(payload: bytes, weights: Mapping[str, Tensor]) -> float:
+    """L2 norm of what the outer step changed, one tensor at a time; the old weights are still there as sent."""
+    return math.sqrt(
+        sum(float((old - weights[name]).double().square().sum()) for name, old in iterate_tensors(payload))
+    )
 
 
 def _values(tensors: Mapping[str, Tensor]) -> int:

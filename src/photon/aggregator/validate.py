@@ -61,6 +61,12 @@ def verify_training(message: Message, task: Task, tokens_per_step: int, base: Ma
     return float(squares**0.5)
 
 
+def verify_norm(norm: float, max_update_norm: float | None) -> None:
+    """Raises ReplyRefusedError if the node did not keep the update norm that the recipe sets (1% is for rounding)."""
+    if max_update_norm is not None and norm > 1.01 * max_update_norm:
+        raise ReplyRefusedError(f"its update has norm {norm:.4g}, link.max_update_norm is {max_update_norm:.4g}")
+
+
 def training_report(reply: Reply) -> TrainingReport:
     """The report of a train reply. Raises ReplyRefusedError if there is none."""
     if reply.training is None:

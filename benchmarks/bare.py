@@ -121,7 +121,6 @@ def train_bare(
     parameters: Iterable[nn.Parameter],
     batches: Batches,
     learning_rates: Iterable[float],
-    micro_batches: int = 1,
 ) -> list[Tensor]:
     """One step per learning-rate factor: the plain loop. Returns each step's loss, still on the device.
 
@@ -132,14 +131,10 @@ def train_bare(
     for factor in learning_rates:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        inputs, targets = batches()
-        total = torch.zeros((), device=inputs.device)
-        for x, y in zip(inputs.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
-            loss = loss_of(x, y) / micro_batches
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        loss = loss_of(*batches())
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
+        losses.append(loss.detach())
     return losses

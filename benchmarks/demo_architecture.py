@@ -10,6 +10,7 @@ The score is held-out bits per byte, which compares across vocabularies. Finishe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -45,8 +46,8 @@ _ADAMW = ("node.optimizer=adamw", "node.lr=4e-3")
 CANDIDATES: dict[str, tuple[str, ...]] = {
     BASELINE: (),
     "no qk_norm": ("model.qk_norm=false",),
-    "learned positions": ("model.positions=learned",),
-    "alibi": ("model.positions=alibi",),
+    "learned, no qk_norm": ("model.positions=learned", "model.qk_norm=false"),
+    "alibi, no qk_norm": ("model.positions=alibi", "model.qk_norm=false"),
     "llama": _LLAMA,
     "rmsnorm": ("model.norm=rmsnorm",),
     "adamw": _ADAMW,
@@ -138,7 +139,7 @@ class Trial:
         parameters = count_parameters(self.recipe.model, self.prepared.tokenizer.vocab_size, self.length)
         tokens = steps * self.recipe.node.batch_size * self.length
         return {
-            "bits per byte": round(found.nats / found.text_bytes / 0.6931471805599453, 4),
+            "bits per byte": round(found.nats / found.text_bytes / math.log(2), 4),
             "nats per token": round(found.nats / found.tokens, 4),
             "steps": steps,
             "tokens": tokens,
@@ -147,7 +148,7 @@ class Trial:
         }
 
     def held_out(self, sequences: int) -> list[HeldOut]:
-        """Of every silo, equally many windows of the same text in bytes only where the tokenizer is the same."""
+        """Evenly spaced windows of every silo's held-out text."""
         readers = [ShardReader(source) for silo in self.prepared.silos.values() for source in silo.sources]
         return [held_out(reader, self.length, sequences) for reader in readers]
 

@@ -20,7 +20,7 @@ from typing import Annotated
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import typer
 
-from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report, builtin_text
+from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report, Row, builtin_text
 from photon.model.build import count_parameters
 from photon.recipe import load_recipe
 
@@ -31,6 +31,7 @@ LENGTH, VOCABULARY = 64, 4096
 MODEL_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES, MERGE_BYTES = 4, 4, 8, 8
 OPTIONS = [
     f"data.sequence_length={LENGTH}",
+    "data.max_bytes_per_silo=1000000",
     "node.batch_size=1",
     "node.optimizer=adamw",
     "node.workers=1",
@@ -46,48 +47,43 @@ OPTIONS = [
 
 def main(
     layers: Annotated[int, typer.Option(help="Blocks; 12 of width 512 with 4096 tokens are 40 million numbers.")] = 12,
-    width: Annotated[int, typer.Option(help="Model width.")] = 512,
+    width: Annotated[int, typer.Option(help="Model width, a multiple of 8.")] = 512,
+    nodes: Annotated[
+        list[int] | None, typer.Option(help="K; repeatable, to see what grows with it; default 4.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Change the run: section.key=value; repeatable.")] = None,
     data_dir: DataDir = DATA_DIR,
     out: Out = RESULTS,
 ) -> None:
     """Peak resident memory over model + gradient + K x optimizer state + merge; 1.3 is the aim."""
     report = Report("memory", out)
-    options = [f"data.dir={json.dumps(data_dir)}", *OPTIONS, *(option or [])]
-    builtin_text(data_dir, *options)
-    empty = watch([*options, "model.layers=1", "model.width=32", "model.heads=1"])
-    options += [f"model.layers={layers}", f"model.width={width}", "model.heads=8"]
-    recipe = load_recipe("demo", options)
-    parameters = count_parameters(recipe.model, VOCABULARY, LENGTH).total
-    full = watch(options)
-    floor = parameters * (MODEL_BYTES + GRADIENT_BYTES + recipe.nodes_per_round * OPTIMIZER_BYTES + MERGE_BYTES)
-    report.add(
-        {
-            "parameters": parameters,
-            "nodes": recipe.nodes_per_round,
-            "workers": len(full.workers),
-            "floor MiB": round(floor / MIB),
-            "baseline MiB": round(empty.peak / MIB),
+    processes: list[Row] = []
+    for count in nodes or [4]:
+        owners = ", ".join(f'{{name="node-{index}", text=["builtin:tools"]}}' for index in range(count))
+        options = [f"data.dir={json.dumps(data_dir)}", *OPTIONS, f"silo=[{owners}]", *(option or [])]
+        builtin_text(data_dir, *options)
+        empty = watch([*options, "model.layers=1", "model.width=32", "model.heads=1"])
+        options += [f"model.layers={layers}", f"model.width={width}", "model.heads=8"]
+        recipe = load_recipe("demo", options)
+        parameters = count_parameters(recipe.model, VOCABULARY, LENGTH).total
+        full = watch(options)
+        floor = parameters * (MODEL_BYTES + GRADIENT_BYTES + count * OPTIMIZER_BYTES + MERGE_BYTES)
+        row: dict[str, object] = {"parameters": parameters, "nodes": count, "workers": len(full.workers)}
+        row |= {"floor MiB": round(floor / MIB), "baseline MiB": round(empty.peak / MIB)}
+        row |= {
             "peak MiB": round(full.peak / MIB),
             "(peak - baseline) / floor": round((full.peak - empty.peak) / floor, 3),
         }
-    )
-    report.show("the whole run: resident memory of all processes together")
-    copy = parameters * MODEL_BYTES
-    roles = [("aggregator", full.aggregator, empty.aggregator)]
-    roles += [("worker", *peaks) for peaks in zip(full.workers.values(), empty.workers.values(), strict=False)]
-    copies = [
-        {
-            "process": role,
-            "peak MiB": round(peak / MIB),
-            "baseline MiB": round(base / MIB),
-            "copies": (peak - base) / copy,
-        }
-        for role, peak, base in roles
-    ]
-    report.show("each process at its own peak; copies: (peak - baseline) / float32 weights", copies)
-    for row in copies:
         report.add(row)
+        roles = [("aggregator", full.aggregator, empty.aggregator)]
+        roles += [("worker", *peaks) for peaks in zip(full.workers.values(), empty.workers.values(), strict=False)]
+        for role, peak, base in roles:
+            copies = round((peak - base) / (parameters * MODEL_BYTES), 2)
+            processes.append({"process": role, "nodes": count, "peak MiB": round(peak / MIB), "copies": copies})
+    report.show("the whole run: resident memory of all processes together")
+    report.show("each process at its own peak; copies: (peak - baseline) / float32 weights", processes)
+    for process in processes:
+        report.add(process)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from photon.errors import PhotonError
 from photon.events import Evaluated, Event, RoundDone
 from photon.fabric.base import Arrival, FabricEvent, NodeInfo
 from photon.link.tensors import decode_tensors, encode_tensors
-from photon.link.update import decode_message, encode_message, expect_reply
+from photon.link.update import Sealed, decode_message, encode_message, expect_reply
 from photon.model.base import LanguageModel
 from photon.model.build import build_model, named_weights
 from photon.node.node import HeldOut, Node, Site, failure_reply
@@ -125,10 +125,10 @@ class InlineFabric:
         """All of them."""
         return self.infos
 
-    def send(self, node: str, message: bytes) -> None:
+    def send(self, node: str, message: Sealed) -> None:
         """Keep the task until the Aggregator waits for an answer."""
-        self.sent.append((node, message))
-        self._tasks.append((node, message))
+        self.sent.append((node, message.joined()))
+        self._tasks.append((node, message.joined()))
 
     def receive(self, timeout_s: float) -> FabricEvent | None:
         """The next event that the network lets through within `timeout_s`; the clock moves, nobody waits."""

@@ -132,6 +132,15 @@ def test_a_quorum_is_rounded_up(share: float, quorum: int) -> None:
     assert trial.exchange.quorum == quorum
 
 
+@pytest.mark.xfail(strict=True, reason="0.28 * 25 is 7.000000000000001 in floating point, so 8 are asked for")
+def test_a_quorum_that_is_a_whole_number_is_not_rounded_up() -> None:
+    names = [f"n{i}" for i in range(25)]
+    trial = Trial({}, Patience(0.28, 0.0, 1.0))
+    trial.fabric.handlers = dict.fromkeys(names, answer)
+    trial.exchange.send({name: trial.task(name, 5) for name in names}, b"")
+    assert trial.exchange.quorum == 7
+
+
 def test_a_lost_node_is_not_waited_for() -> None:
     def change(arrivals: list[Arrival]) -> list[Delivery]:
         return [(1.0, Lost(a.node, "its worker died") if a.node == "ada" else a) for a in arrivals]
@@ -194,9 +203,7 @@ def test_progress_is_passed_on_and_ends_for_every_node() -> None:
     assert {p.node: p.state for p in trial.progress} == {"ada": "done", "bob": "done", "cyd": "done", "dan": "failed"}
 
 
-deliveries = st.lists(
-    st.tuples(st.sampled_from([*NODES, "eve"]), st.floats(0, 130), st.sampled_from("okxlf")), max_size=14
-)
+delivery = st.tuples(st.sampled_from([*NODES, "eve"]), st.floats(0, 130), st.sampled_from("okxlf"))
 
 
 @settings(deadline=None)

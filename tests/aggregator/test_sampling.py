@@ -60,14 +60,11 @@ def depends_on_order(sample: Sample) -> bool:
 
 
 def is_uniform(sample: Sample, count: int, together: int) -> bool:
-    """Each set of `together` nodes is sampled as often as chance has it, within 4 standard deviations and a half.
-
-    4 for a single set; the half makes up for there being up to 28 of them.
-    """
+    """Each set of `together` nodes is sampled as often as chance has it, within 4 standard deviations."""
     seen = Counter(group for t in range(ROUNDS) for group in combinations(sample(7, t, NAMES, count), together))
     share = math.comb(len(NAMES) - together, count - together) / math.comb(len(NAMES), count)
     sigma = math.sqrt(ROUNDS * share * (1 - share))
-    return all(abs(seen[group] - ROUNDS * share) < 4.5 * sigma for group in combinations(NAMES, together))
+    return all(abs(seen[group] - ROUNDS * share) < 4 * sigma for group in combinations(NAMES, together))
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
@@ -98,7 +95,4 @@ def test_seeds_and_rounds_draw_anew() -> None:
 
 def test_a_draw_is_fixed_across_versions() -> None:
     """A run that is resumed with another version of Photon must sample the same nodes."""
-    assert sample_nodes(1337, 5, ["ada", "bob", "cyd", "dan"], 2) == EXPECTED
-
-
-EXPECTED = ["?"]
+    assert sample_nodes(1337, 5, ["ada", "bob", "cyd", "dan"], 2) == ["ada", "cyd"]

@@ -209,11 +209,16 @@ def test_scores_stand_beside_what_their_model_had_cost(tmp_path: Path) -> None:
     federation = Federation(tmp_path, tiny_recipe(federation={"rounds": 3}))
     federation.run()
     rounds = federation.rounds()
-    for event in federation.evaluations()[1:-1]:
+    *before, last = federation.evaluations()[1:]
+    for event in before:
         done = rounds[event.round - 1]
         assert (event.sequential_step, event.tokens) == (done.sequential_step, done.tokens)
         assert (event.bytes_up, event.bytes_down) == (done.bytes_up, done.bytes_down)
         assert event.seconds >= done.seconds
+    # No round follows that would score the last model on the way: its scores cost a broadcast of their own.
+    assert (last.tokens, last.sequential_step) == (rounds[-1].tokens, rounds[-1].sequential_step)
+    assert last.seconds >= rounds[-1].seconds
+    assert last.bytes_down > rounds[-1].bytes_down
 
 
 def test_without_a_node_a_round_fails_and_says_so(tmp_path: Path) -> None:

@@ -123,6 +123,18 @@ def test_a_lie_that_is_believed_shows(without_ada: object, tmp_path: Path, monke
     assert outcome(Federation(tmp_path, RECIPE, tampering("ada", tell))) != without_ada
 
 
+def test_an_update_beyond_the_agreed_norm_is_refused_and_one_at_it_is_not(tmp_path: Path) -> None:
+    """Nodes scale their updates down to `link.max_update_norm`; one that does not keeps its update."""
+    recipe = tiny_recipe(federation={"rounds": 1, "quorum": 0.5}, link={"max_update_norm": 0.01, "up": "bfloat16"})
+    honest = Federation(tmp_path / "honest", recipe)
+    honest.run()
+    assert {round(node.update_norm, 4) for node in honest.rounds()[0].nodes.values()} == {0.01}  # all were scaled
+    doubled = tampering("ada", values(lambda update: {name: tensor * 2 for name, tensor in update.items()}))
+    greedy = Federation(tmp_path / "greedy", recipe, doubled)
+    assert outcome(greedy) == outcome(Federation(tmp_path / "without", recipe, silent("ada")))
+    assert "link.max_update_norm is 0.01" in greedy.rounds()[0].missing["ada"]
+
+
 def test_a_stolen_reply_counts_for_neither_side_but_its_owner(tmp_path: Path) -> None:
     """bob hands in ada's reply as his own: he is refused, she is not."""
 
@@ -183,6 +195,22 @@ def test_a_round_without_its_quorum_commits_nothing_and_can_be_done_again(tmp_pa
     assert Federation(folder, recipe).run().model_sha256 == whole.model_sha256
 
 
+@pytest.mark.xfail(strict=True, reason="math.fsum overflows on two reports of 1e308 nats each")
+def test_absurd_scores_do_not_end_the_run(tmp_path: Path) -> None:
+    def network(arrivals: list[Arrival]) -> list[Delivery]:
+        return [(0.0, Arrival(a.node, edited(a.message, evaluation={"nats": 1.7e308}))) for a in arrivals]
+
+    assert Federation(tmp_path, RECIPE, network).run().progress.round == 1
+
+
+@pytest.mark.xfail(strict=True, reason="scores are taken before the update beside them is checked")
+def test_a_refused_reply_gives_no_scores_either(tmp_path: Path) -> None:
+    tell, _ = LIES["not a number"]
+    federation = Federation(tmp_path, RECIPE, tampering("ada", tell))
+    federation.run()
+    assert sorted(federation.evaluations()[0].silos) == ["bob", "cyd"]
+
+
 # --- single checks ---------------------------------------------------------------------------------------------------
 
 
@@ -235,3 +263,15 @@ def test_a_flipped_bit_is_refused_or_within_the_bounds_of_an_update(
     assert 0 < reply.training.tokens <= 24
     assert norm <= 1024 * sum(tensor.numel() for tensor in base.values()) ** 0.5
     assert {name: t.shape for name, t in decode_tensors(received.body).items()} == {n: t.shape for n, t in base.items()}
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="the body of a reply carries no hash",
+)
+def test_any_flipped_bit_of_an_update_is_refused(honest: tuple[Task, bytes, dict[str, Tensor]]) -> None:
+    task, message, base = honest
+    flipped = bytearray(message)
+    flipped[-4] ^= 1  # the last bit of the last float32
+    with pytest.raises((WireError, ReplyRefusedError)):
+        judge(bytes(flipped), task, base)

@@ -12,7 +12,7 @@ from photon.errors import ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, Fabric, Lost
 from photon.link.ledger import Ledger
-from photon.link.update import Message, Task, decode_message, encode_message, expect_reply
+from photon.link.update import Message, Task, decode_message, expect_reply, seal
 
 _POLL_S = 1.0  # upper bound of one wait: Ctrl-C and the deadline are noticed within it
 
@@ -50,7 +50,7 @@ class Exchange:
     def send(self, tasks: Mapping[str, Task], body: bytes) -> None:
         """Hand every task to the fabric with `body`, the base they start from."""
         for node, task in tasks.items():
-            message = encode_message(task, body)
+            message = seal(task, body)
             self._ledger.down(node, len(message))
             self._fabric.send(node, message)
             self._waiting[node] = task

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from photon.events import NodeProgress
+from photon.link.update import Sealed
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Fabric(Protocol):
     def nodes(self) -> list[NodeInfo]:
         """The nodes that can be reached now."""
 
-    def send(self, node: str, message: bytes) -> None:
+    def send(self, node: str, message: Sealed) -> None:
         """Hand a task over for delivery. Raises FabricError if the fabric is closed or the node unknown."""
 
     def receive(self, timeout_s: float) -> FabricEvent | None:

@@ -22,6 +22,7 @@ from photon.errors import FabricError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
 from photon.fabric.process import Ended, Signal, WorkerProcess
+from photon.link.update import Sealed
 from photon.node.device import WorkerPlan, worker_environment
 
 MAX_ATTEMPTS = 3  # of a task, and of starting a worker
@@ -34,7 +35,7 @@ _HEADER_BYTES = 2**21  # what a reply may hold beside its tensors
 @dataclass
 class _Job:
     node: str
-    message: bytes
+    message: Sealed
     attempts: int = 0
 
 
@@ -92,7 +93,7 @@ class LocalFabric:
         """Every virtual node; they are always reachable."""
         return list(self.infos)
 
-    def send(self, node: str, message: bytes) -> None:
+    def send(self, node: str, message: Sealed) -> None:
         """Queue a task; the next free worker of a right device takes it."""
         if self._closed:
             raise FabricError("the local fabric is closed")

@@ -19,6 +19,7 @@ from threading import Thread
 from typing import IO
 
 from photon.events import NodeProgress
+from photon.link.update import Sealed
 
 # What a frame from a worker begins with. A serialised reply follows REPLY and LAST in a frame of its own.
 READY, PROGRESS, REPLY, LAST = b"S", b"P", b"R", b"L"
@@ -60,7 +61,7 @@ class WorkerProcess:
     ) -> None:
         self.is_ready = False  # it has imported and built what it needs
         self._max_reply_bytes, self._signals = max_reply_bytes, signals
-        self._tasks: SimpleQueue[bytes | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Sealed | None] = SimpleQueue()
         ours, theirs = socket.socketpair()
         with ours, theirs:  # theirs must not stay open here: a dead worker is known by the end of its socket
             self._process = subprocess.Popen(  # noqa: S603  # our own module, our own arguments
@@ -76,7 +77,7 @@ class WorkerProcess:
         self._thread = Thread(target=self._talk, name="photon-worker", daemon=True)
         self._thread.start()
 
-    def give(self, task: bytes) -> None:
+    def give(self, task: Sealed) -> None:
         """Hand over a serialised task; only when the one before has been answered."""
         self._tasks.put(task)
 
@@ -108,7 +109,7 @@ class WorkerProcess:
             self._expect_ready()
             self.is_ready = True
             while (task := self._tasks.get()) is not None:
-                self._connection.send_bytes(task)
+                self._connection.send_bytes(task.joined())  # one copy per worker, not per node
                 del task
                 self._signals.put((self, self._reply()))
         except (EOFError, OSError, ValueError) as error:  # ValueError: a frame that is none of ours

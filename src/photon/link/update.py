@@ -94,14 +94,34 @@ class Message:
     body: memoryview
 
 
+@dataclass(frozen=True)
+class Sealed:
+    """A serialised message not yet joined, so that tasks to many nodes share one body; `len` is its bytes."""
+
+    head: bytes
+    body: bytes | bytearray | memoryview
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.body)
+
+    def joined(self) -> bytes:
+        """The message in one piece."""
+        return b"".join((self.head, self.body))
+
+
 def encode_message(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> bytes:
-    """Serialise a message; its length is what the ledger counts."""
+    """Serialise a message in one piece."""
+    return seal(header, body).joined()
+
+
+def seal(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> Sealed:
+    """Serialise a message without copying its body. Raises WireError if the header is too long."""
     text = header.model_dump_json().encode()
     # JSON may end in spaces: pad, so that the tensors in the body can be viewed in place.
     text += b" " * (-(_PREFIX_BYTES + len(text)) % _ALIGNMENT_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise WireError(f"header of {len(text)} bytes exceeds {MAX_HEADER_BYTES}")
-    return b"".join((MAGIC, bytes([VERSION]), len(text).to_bytes(4, "little"), text, body))
+    return Sealed(b"".join((MAGIC, bytes([VERSION]), len(text).to_bytes(4, "little"), text)), body)
 
 
 def decode_message(data: bytes | bytearray | memoryview) -> Message:

@@ -1,0 +1,49 @@
+"""The quick version of every CPU benchmark, one after the other: `make bench`. About eight minutes on two quiet cores.
+
+Each runs in a process of its own, so that none inherits another's threads, memory or warm caches. The long versions
+are run by name; `python -m benchmarks.NAME --help` lists what they take.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import DATA_DIR, RESULTS, ROOT, DataDir, Out
+
+QUICK = {
+    "bare_loop": ["--turns", "8", "--seconds-per-block", "1"],
+    "fabric_overhead": ["--rounds", "3"],
+    "startup": ["--repeats", "3"],
+    "memory": ["--nodes", "2", "--nodes", "8"],
+    "demo_architecture": ["--cpu-seconds", "12", "--turns", "3", "--only", "demo", "--only", "adamw"],
+}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(QUICK)}; repeatable; default all.")] = None,
+    data_dir: DataDir = DATA_DIR,
+    out: Out = RESULTS,
+) -> None:
+    """Run the quick benchmarks; exits 1 if one fails, after having run the others."""
+    failed = []
+    for name in only or list(QUICK):
+        command = [sys.executable, "-m", f"benchmarks.{name}", *QUICK[name]]
+        began = time.monotonic()
+        done = subprocess.run(
+            [*command, "--data-dir", data_dir, "--out", str(Path(out).resolve())], cwd=ROOT, check=False
+        )
+        print(f"{name}: {'failed' if done.returncode else 'done'} after {time.monotonic() - began:.0f} s\n", flush=True)
+        failed += [name] if done.returncode else []
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,107 @@
+"""The Aggregator's states: what is committed is restored; what is damaged, foreign or missing is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from photon.aggregator.state import MODEL_FILE, OUTER_FILE, GlobalState, Progress, RoundStore
+from photon.durable import STATE_FILE
+from photon.errors import StateError
+from photon.link.tensors import encode_tensors, sha256_hex
+
+
+def state(round_index: int, run: str = "r") -> GlobalState:
+    progress = Progress(run, round_index, 32 * round_index, 1000 * round_index, 11, 22, 3.25, 44)
+    payload = encode_tensors({"w": torch.full((3,), float(round_index))})
+    return GlobalState(progress, payload, {"w/momentum_buffer": torch.tensor([0.5, float(round_index), -0.0])})
+
+
+def store(folder: Path, rounds: int = 5, keep_last: int = 3, keep_every: int = 0) -> RoundStore:
+    out = RoundStore(folder, keep_last, keep_every)
+    for round_index in range(rounds):
+        out.commit(state(round_index))
+    return out
+
+
+def same(a: GlobalState, b: GlobalState) -> bool:
+    outer = a.outer.keys() == b.outer.keys() and all(torch.equal(a.outer[key], b.outer[key]) for key in a.outer)
+    return a.progress == b.progress and a.payload == b.payload and outer
+
+
+def test_what_was_committed_is_restored(tmp_path: Path) -> None:
+    rounds = store(tmp_path)
+    assert rounds.rounds() == [2, 3, 4]
+    assert same(rounds.load("r"), state(4))
+    assert same(rounds.load("r", 2), state(2))
+    assert same(rounds.load(None), state(4))
+    assert not same(rounds.load("r"), state(3))
+    assert rounds.load("r").model_sha256 == sha256_hex((tmp_path / "000004" / MODEL_FILE).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [(1, 0, [9]), (3, 0, [7, 8, 9]), (1, 4, [0, 4, 8, 9]), (2, 1, list(range(10))), (20, 0, list(range(10)))],
+)
+def test_retention(keep_last: int, keep_every: int, kept: list[int], tmp_path: Path) -> None:
+    assert store(tmp_path, 10, keep_last, keep_every).rounds() == kept
+
+
+@pytest.mark.parametrize("file", [MODEL_FILE, OUTER_FILE, STATE_FILE])
+def test_a_damaged_newest_state_is_never_skipped_and_the_good_ones_are_named(file: str, tmp_path: Path) -> None:
+    rounds = store(tmp_path)
+    path = tmp_path / "000004" / file
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(StateError, match=rf"round 4 cannot be used: .*000004.{file}.*rounds: \[2, 3\].*--round N"):
+        rounds.load("r")
+    assert same(rounds.load("r", 3), state(3))
+
+
+def test_the_last_good_state_gone_is_said_too(tmp_path: Path) -> None:
+    rounds = store(tmp_path, 1)
+    (tmp_path / "000000" / MODEL_FILE).unlink()
+    with pytest.raises(StateError, match="No other is left"):
+        rounds.load("r")
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    rounds = store(tmp_path, 2)
+    rounds.commit(state(2, run="other"))
+    with pytest.raises(StateError, match=r"000002 belongs to run other, not to r.*rounds: \[0, 1\].*--round"):
+        rounds.load("r")
+
+
+def test_a_round_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="holds no committed round"):
+        RoundStore(tmp_path / "nothing", 2, 0).load("r")
+    with pytest.raises(StateError, match=r"there is no state 1.*rounds: \[2, 3, 4\].*--round"):
+        store(tmp_path).load("r", 1)
+
+
+@pytest.mark.parametrize("change", [{"surprise": 1}, {"run": None}])
+def test_fields_that_are_not_a_progress_are_refused(change: dict[str, object], tmp_path: Path) -> None:
+    rounds = store(tmp_path)
+    path = tmp_path / "000004" / STATE_FILE
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"fields": content["fields"] | change}))
+    with pytest.raises(StateError, match="round 4 cannot be used"):
+        rounds.load("r")
+
+
+def test_set_aside_and_go_on_from_an_older_round(tmp_path: Path) -> None:
+    rounds = store(tmp_path)
+    rounds.set_aside(2)
+    assert rounds.rounds() == [2]
+    other = replace(state(3), payload=encode_tensors({"w": torch.zeros(1)}))
+    rounds.commit(other)
+    assert same(rounds.load("r"), other)
+
+
+def test_progress_moves_by_one_round() -> None:
+    after = state(2).progress.after_round(96, 500)
+    assert (after.round, after.sequential_step, after.tokens) == (3, 96, 2500)
+    assert (after.run, after.bytes_up, after.seconds) == ("r", 11, 3.25)

@@ -41,7 +41,13 @@ def node_infos(recipe: Recipe, sites: list[SiteFile]) -> list[NodeInfo]:
     """What the Aggregator is told of the sites."""
     length = recipe.data.sequence_length
     return [
-        NodeInfo(site.name, tokens_per_step=site.batch_size * length, trains=site.trains, evaluates=site.evaluates)
+        NodeInfo(
+            site.name,
+            tokens_per_step=site.batch_size * length,
+            trains=site.trains,
+            evaluates=site.evaluates,
+            evaluation_tokens=recipe.evaluation.sequences * length * len(site.sources),
+        )
         for site in sites
     ]
 

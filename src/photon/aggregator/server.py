@@ -100,6 +100,7 @@ class Aggregator:
         """Train on `nodes` and merge. Raises RoundFailedError if fewer than the quorum can be used."""
         tasks = self._tasks(nodes)
         limits = {info.name: info.tokens_per_step for info in nodes}
+        heldout_limits = {info.name: info.evaluation_tokens for info in self.fabric.nodes()}
         uniform = self.recipe.federation.weighting == "uniform"
         base = self.outer.weights()
         merge = Merge(base, len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in limits))
@@ -110,7 +111,7 @@ class Aggregator:
             reply, node = expect_reply(message), task.node
             try:
                 if task.evaluate:
-                    merged.tally.add(node, evaluation_report(reply))
+                    merged.tally.add(node, evaluation_report(reply, heldout_limits[node]))
                 if task.tau == 0:
                     continue
                 norm = verify_training(message, task, limits[node], base)
@@ -147,12 +148,12 @@ class Aggregator:
     def _final_evaluation(self) -> None:
         """Score the finished model at every owner: no round follows that would do it on the way."""
         exchange = self._exchange()
-        owners = [info.name for info in self.fabric.nodes() if info.evaluates]
-        exchange.send({name: self._task(name, 0, evaluate=True) for name in owners}, self.payload)
+        limits = {info.name: info.evaluation_tokens for info in self.fabric.nodes() if info.evaluates}
+        exchange.send({name: self._task(name, 0, evaluate=True) for name in limits}, self.payload)
         tally = Tally()
         for task, message in exchange.replies():
             try:
-                tally.add(task.node, evaluation_report(expect_reply(message)))
+                tally.add(task.node, evaluation_report(expect_reply(message), limits[task.node]))
             except ReplyRefusedError as error:
                 exchange.refuse(task.node, str(error))
         if exchange.missing:

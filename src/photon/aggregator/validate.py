@@ -74,11 +74,13 @@ def training_report(reply: Reply) -> TrainingReport:
     return reply.training
 
 
-def evaluation_report(reply: Reply) -> EvaluationReport:
-    """The report of an evaluate reply. Raises ReplyRefusedError if there is none or it counts nothing."""
+def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
+    """The report of an evaluate reply. Raises ReplyRefusedError if there is none, or it counts nothing or too much."""
     report = reply.evaluation
     if report is None or report.tokens < 1 or report.text_bytes <= 0:
         raise ReplyRefusedError("carries no evaluation report")
+    if report.tokens > max_tokens:
+        raise ReplyRefusedError(f"claims a score over {report.tokens} held-out tokens; it can have {max_tokens}")
     return report
 
 

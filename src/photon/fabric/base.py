@@ -15,12 +15,17 @@ from photon.link.update import Sealed
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What the Aggregator knows of a node: a name and its speed limit, never a corpus or a path (law 1)."""
+    """What the Aggregator knows of a node: a name and the most it can count, never a corpus or a path (law 1).
+
+    `tokens_per_step` bounds the tokens a node may claim for a local step, `evaluation_tokens` those of a score. Without
+    the second, one owner could outweigh all others in the pooled score.
+    """
 
     name: str
     tokens_per_step: int
     trains: bool = True
     evaluates: bool = True
+    evaluation_tokens: int = 2**40
 
 
 @dataclass(frozen=True)

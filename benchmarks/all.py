@@ -9,7 +9,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,10 +33,10 @@ def main(
     failed = []
     for name in only or list(QUICK):
         command = [sys.executable, "-m", f"benchmarks.{name}", *QUICK[name]]
+        command += ["--data-dir", data_dir] if data_dir != DATA_DIR else []
+        command += ["--out", str(out.resolve())] if out != RESULTS else []
         began = time.monotonic()
-        done = subprocess.run(
-            [*command, "--data-dir", data_dir, "--out", str(Path(out).resolve())], cwd=ROOT, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, check=False)
         print(f"{name}: {'failed' if done.returncode else 'done'} after {time.monotonic() - began:.0f} s\n", flush=True)
         failed += [name] if done.returncode else []
     if failed:

@@ -28,7 +28,7 @@ from photon.data.stream import Stream
 from photon.errors import PhotonError
 from photon.events import Evaluated, Event, RoundDone
 from photon.fabric.base import Arrival, FabricEvent, NodeInfo
-from photon.link.tensors import decode_tensors, encode_tensors
+from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
 from photon.link.update import Sealed, decode_message, encode_message, expect_reply
 from photon.model.base import LanguageModel
 from photon.model.build import build_model, named_weights
@@ -263,7 +263,7 @@ def edited(
     body = bytes(received.body)
     if tensors is not None:
         body = encode_tensors(tensors({name: value.clone() for name, value in decode_tensors(body).items()}))
-    return encode_message(reply.model_copy(update=changes), body)
+    return encode_message(reply.model_copy(update={"body_sha256": sha256_hex(body)} | changes), body)
 
 
 def without_timings(value: Any) -> Any:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +54,7 @@ from torch import Tensor
 from photon import durable
 from photon.aggregator import server
 from photon.aggregator.merge import Merge
+from photon.aggregator.outer import OuterOptimizer
 from photon.aggregator.state import RoundStore
 from photon.config import Recipe
 from photon.errors import PhotonError
@@ -243,6 +243,25 @@ def test_the_order_of_arrival_does_not_matter(tmp_path: Path, monkeypatch: pytes
 # --- a round is a transaction ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("outer", ["nesterov", "adam"])
+def test_a_run_in_pieces_ends_as_one_in_a_piece(outer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round by an Aggregator and by nodes that know nothing but what is on the disk."""
+
+    def in_pieces(folder: Path) -> str:
+        for rounds in (1, 2, 3):
+            digest = Federation(folder, recipe_of(rounds)).run().model_sha256
+        return digest
+
+    def recipe_of(rounds: int) -> Recipe:
+        node = {**ADAMW, "schedule": "cosine", "total_steps": 6}
+        return tiny_recipe(node=node, federation={"rounds": rounds, "outer": outer, "outer_lr": 0.01})
+
+    whole = Federation(tmp_path / "whole", recipe_of(3)).run().model_sha256
+    assert in_pieces(tmp_path / "pieces") == whole
+    monkeypatch.setattr(OuterOptimizer, "import_state", lambda *_: None)  # the mutant: the outer state is forgotten
+    assert in_pieces(tmp_path / "mutant") != whole
+
+
 class Crash(BaseException):
     """The process ends here: nothing in between may catch it."""
 
@@ -328,9 +347,13 @@ def write_in_place(
     """A mutant: the folder has its final name while it is written."""
     folder = states.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    text = json.dumps({"number": number, "fields": dict(fields), "files": hashes})
-    for name, data in {**files, durable.STATE_FILE: text.encode()}.items():
+    entries = {
+        name: durable._FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in files.items()
+    }
+    manifest = durable._Manifest(number=number, fields=dict(fields), files=entries, sha256="")
+    manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
+    for name, data in {**files, durable.STATE_FILE: manifest.model_dump_json().encode()}.items():
         durable._write_synced(folder / name, data)
 
 

@@ -187,7 +187,6 @@ def test_any_mix_of_batches_and_steps_is_matched_to_half_a_sequence_per_step(
     assert bob_large / bob_small == pytest.approx(3.0, rel=1e-12)  # a silo without weights mixes by size
 
 
-@pytest.mark.xfail(strict=True, reason="the pooled batch is that of all P nodes, also where a round samples K of them")
 def test_a_baseline_of_a_sampled_federation_trains_as_many_tokens(silos: dict[str, SiloData], tmp_path: Path) -> None:
     options = {"nodes_per_round": 1, "rounds": 1}
     recipes = [tiny_recipe(list(SIZES), federation={**options, "outer": outer}) for outer in ("fedavg", "none")]

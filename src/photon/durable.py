@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from photon.errors import StateError
 
 STATE_FILE = "state.json"
@@ -41,6 +43,31 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class _FileEntry(BaseModel):
+    """What a file of a state must be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """`state.json`: a state's fields, its files, and a hash over both."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    number: int
+    fields: dict[str, Any]
+    files: dict[str, _FileEntry]
+    sha256: str
+
+    def own_sha256(self) -> str:
+        """Of everything but itself, in canonical JSON."""
+        text = json.dumps(self.model_dump(exclude={"sha256"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -79,16 +106,16 @@ class NumberedStates:
         self.root.mkdir(parents=True, exist_ok=True)
         pending = self.root / f"{_PENDING}{number:0{_DIGITS}d}-{secrets.token_hex(4)}"
         pending.mkdir()
-        manifest = {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-        }
+        entries = {}
         for name, data in files.items():
             _write_synced(pending / name, data)
-        text = json.dumps({"number": number, "fields": dict(fields), "files": manifest}, indent=1)
-        _write_synced(pending / STATE_FILE, text.encode())
+            entries[name] = _FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        manifest = _Manifest(number=number, fields=dict(fields), files=entries, sha256="")
+        manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
+        _write_synced(pending / STATE_FILE, manifest.model_dump_json(indent=1).encode())
         sync_folder(pending)
         final = self.folder(number)
-        if final.exists():
+        if final.exists():  # a repeated round: should we crash between the two renames, it is repeated once more
             final.rename(self.root / f"{_PENDING}old-{number}-{secrets.token_hex(4)}")
         pending.rename(final)
         sync_folder(self.root)
@@ -98,17 +125,19 @@ class NumberedStates:
         folder = self.folder(number)
         path = folder / STATE_FILE
         try:
-            content = json.loads(path.read_bytes())
-            fields, files = dict(content["fields"]), dict(content["files"])
-            if content["number"] != number:
-                raise StateError(f"{path} says it is state {content['number']}: the folder was renamed or copied")
+            manifest = _Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise StateError(f"{folder} holds no {STATE_FILE}: there is no state {number}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{path} is damaged: {error}") from None
-        for name, expected in files.items():
+            raise StateError(f"{folder} holds no {STATE_FILE}: there is no state {number}.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise StateError(f"{path} is damaged: {'.'.join(map(str, first['loc']))} {first['msg']}.") from None
+        if manifest.sha256 != manifest.own_sha256():
+            raise StateError(f"{path} is damaged: its own sha256 differs.")
+        if manifest.number != number:
+            raise StateError(f"{path} says it is state {manifest.number}: the folder was renamed or copied.")
+        for name, expected in manifest.files.items():
             _verify(folder / name, expected)
-        return Committed(number, folder, fields)
+        return Committed(number, folder, manifest.fields)
 
     def prune(self, keep: Iterable[int]) -> None:
         """Remove every state not in `keep`, and what crashes left behind."""
@@ -140,15 +169,13 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+def _verify(path: Path, expected: _FileEntry) -> None:
     if not path.is_file():
-        raise StateError(f"{path} is missing")
+        raise StateError(f"{path} is missing.")
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise StateError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: it is damaged")
+    if size != expected.bytes:
+        raise StateError(f"{path} has {size} bytes, its manifest says {expected.bytes}: it is damaged.")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected["sha256"]:
-        raise StateError(
-            f"{path} is damaged: its sha256 is {digest[:12]}..., its manifest says {expected['sha256'][:12]}..."
-        )
+    if digest != expected.sha256:
+        raise StateError(f"{path} is damaged: its sha256 is {digest}, its manifest says {expected.sha256}.")

@@ -63,7 +63,8 @@ def _pooled_site(recipe: Recipe, sites: list[SiteFile]) -> SiteFile:
         name=POOLED,
         sources=[source for site in sites for source in site.sources],
         weights=weights,
-        batch_size=max(1, round(sum(sequences.values()) / recipe.federation.tau)),
+        # Where a round samples K of P nodes, it trains that share of their sequences.
+        batch_size=max(1, round(sum(sequences.values()) * recipe.nodes_per_round / len(sites) / recipe.federation.tau)),
         trains=True,
         evaluates=False,
         device=recipe.silo[0].device,

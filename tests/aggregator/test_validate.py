@@ -84,8 +84,8 @@ LIES: dict[str, tuple[Lie, str]] = {
     "no update": (values(lambda _: {}), "lacks"),
     "a task": (lambda m: m.replace(b'"kind":"reply"', b'"kind":"task"'), "malformed task header"),
     "cut in the header": (lambda m: m[:100], "the message has 100"),
-    "cut in the update": (lambda m: m[:-1], "tensors cover"),
-    "a byte too many": (lambda m: m + b"\0", "tensors cover"),
+    "cut in the update": (lambda m: m[:-1], "sha256 differs"),
+    "a byte too many": (lambda m: m + b"\0", "sha256 differs"),
     "nothing": (lambda _: b"", "not a Photon message"),
     "noise": (lambda _: bytes(range(256)) * 9, "not a Photon message"),
 }
@@ -188,22 +188,21 @@ def test_a_round_without_its_quorum_commits_nothing_and_can_be_done_again(tmp_pa
 
     folder = tmp_path / "failing"
     failing = Federation(folder, recipe, fail_in_round_1)
-    with pytest.raises(RoundFailedError, match=r"round 1: 2 of 3 nodes counted.*asks for 3.*bob: power cut.*resume"):
+    with pytest.raises(
+        RoundFailedError, match=r"round 1: . of 3 nodes counted.*asks for 3.*bob: power cut.*resume"
+    ):
         failing.run()
     assert failing.store.rounds() == [0, 1]
     assert len(failing.rounds()) == 1
     assert Federation(folder, recipe).run().model_sha256 == whole.model_sha256
 
 
-@pytest.mark.xfail(strict=True, reason="math.fsum overflows on two reports of 1e308 nats each")
 def test_absurd_scores_do_not_end_the_run(tmp_path: Path) -> None:
-    def network(arrivals: list[Arrival]) -> list[Delivery]:
-        return [(0.0, Arrival(a.node, edited(a.message, evaluation={"nats": 1.7e308}))) for a in arrivals]
+    federation = Federation(tmp_path, RECIPE, tampering("ada", lambda m: edited(m, evaluation={"nats": 1.7e308})))
+    assert federation.run().progress.round == 1
+    assert "claims 1.7e+308 nats" in federation.rounds()[0].missing["ada"]
 
-    assert Federation(tmp_path, RECIPE, network).run().progress.round == 1
 
-
-@pytest.mark.xfail(strict=True, reason="scores are taken before the update beside them is checked")
 def test_a_refused_reply_gives_no_scores_either(tmp_path: Path) -> None:
     tell, _ = LIES["not a number"]
     federation = Federation(tmp_path, RECIPE, tampering("ada", tell))
@@ -265,10 +264,6 @@ def test_a_flipped_bit_is_refused_or_within_the_bounds_of_an_update(
     assert {name: t.shape for name, t in decode_tensors(received.body).items()} == {n: t.shape for n, t in base.items()}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the body of a reply carries no hash",
-)
 def test_any_flipped_bit_of_an_update_is_refused(honest: tuple[Task, bytes, dict[str, Tensor]]) -> None:
     task, message, base = honest
     flipped = bytearray(message)

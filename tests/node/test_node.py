@@ -88,6 +88,13 @@ def test_a_task_done_twice_gives_the_same_bytes_and_counts_once(tmp_path: Path) 
     assert node.site.store.load(RUN, "ada", 2).position == 12
 
 
+@pytest.mark.parametrize(("choice", "kept"), [("keep", True), ("reset", False)])
+def test_an_optimizer_that_is_reset_takes_no_room_on_the_disk(choice: str, kept: bool, tmp_path: Path) -> None:
+    node = one_node(tmp_path, node={"optimizer": "adamw", "optimizer_state": choice})
+    handed_in(node, task())
+    assert bool(node.site.store.load(RUN, "ada", 1).optimizer) == kept
+
+
 def test_a_node_that_is_late_hands_in_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its deadline passes during the second of three steps; the place in the data follows the steps really made."""
     node = one_node(tmp_path)

@@ -172,7 +172,6 @@ def test_a_damaged_state_is_refused_by_name_not_replaced_by_an_older_one(file: s
     assert store.load("r", "ada", 2).position == 1
 
 
-@pytest.mark.xfail(strict=True, reason="NodeStore.load hands unknown fields to NodeState and gets a TypeError")
 def test_fields_that_are_not_a_node_state_are_refused(tmp_path: Path) -> None:
     NodeStore(tmp_path, 1, 0).commit(state(3), 1)
     path = tmp_path / "000001" / STATE_FILE

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 SAMPLE_VALUES = 2**20
-# Strides are multiples of no usual width, so a sample does not keep meeting the same columns of a matrix.
-_PRIME = 7919
+# Primes that divide no usual width, so a sample does not keep meeting the same columns of a matrix.
+_STRIDES = (1, 11, 101, 1009, 10_007, 100_003)
 
 
 def sample_update(update: Iterable[tuple[str, Tensor]], total_values: int) -> Tensor:
     """Every s-th value of an update as float32; all of them up to SAMPLE_VALUES values (then cosines are exact)."""
-    stride = 1 if total_values <= SAMPLE_VALUES else _coprime_stride(total_values // SAMPLE_VALUES)
+    stride = next((s for s in _STRIDES if total_values <= SAMPLE_VALUES * s), _STRIDES[-1])
     return torch.cat([tensor.reshape(-1)[::stride].float() for _, tensor in update])
 
 
@@ -23,7 +23,3 @@ def pairwise_cosine(samples: Mapping[str, Tensor]) -> list[list[float]]:
     names = sorted(samples)
     units = [samples[name].double() / max(float(samples[name].double().norm()), 1e-300) for name in names]
     return [[round(float(a @ b), 6) for b in units] for a in units]
-
-
-def _coprime_stride(stride: int) -> int:
-    return stride + 1 if stride < _PRIME and stride % 2 == 0 else stride | 1

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from photon.aggregator.validate import verify_identity
 from photon.errors import ReplyRefusedError, WireError
@@ -61,12 +62,13 @@ class Exchange:
         """Yield (task, reply) until all have answered, or quorum and grace are over, or the deadline is."""
         # Virtual nodes queue for a device: each wave of them gets the time that one node gets.
         waves = math.ceil(len(self._asked) / max(1, self._fabric.slots))
+        grace_s = self._patience.grace_s * waves
         end = time.monotonic() + self._patience.deadline_s * waves + self._patience.grace_s
         grace_is_running = False
-        while self._waiting:
+        while self._waiting and not self._is_hopeless:
             if self.quorum_is_met and not grace_is_running:
                 grace_is_running = True
-                end = min(end, time.monotonic() + self._patience.grace_s)
+                end = min(end, time.monotonic() + grace_s)
             remaining_s = end - time.monotonic()
             if remaining_s <= 0:
                 break
@@ -79,9 +81,10 @@ class Exchange:
                     accepted = self._accept(node, data)
                     if accepted is not None:
                         yield accepted
+        reason = "given up: no quorum was in reach" if self._is_hopeless else "no answer before the deadline"
         for node in list(self._waiting):
             self._fabric.abandon(node)
-            self._give_up(node, "no answer before the deadline")
+            self._give_up(node, reason)
 
     @property
     def quorum_is_met(self) -> bool:
@@ -91,8 +94,13 @@ class Exchange:
 
     @property
     def quorum(self) -> int:
-        """Nodes that must answer with something usable."""
-        return max(1, math.ceil(self._patience.quorum * len(self._counted)))
+        """Nodes that must answer with something usable: the share as it is written, 0.28 of 25 is 7."""
+        return max(1, math.ceil(Fraction(str(self._patience.quorum)) * len(self._counted)))
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """Whether too many have failed already: waiting for the others would only cost time."""
+        return len(self._counted - self.missing.keys()) < self.quorum
 
     def refuse(self, node: str, reason: str) -> None:
         """A yielded reply cannot be used: it no longer counts towards the quorum."""

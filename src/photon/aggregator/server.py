@@ -109,16 +109,18 @@ class Aggregator:
         exchange.send(tasks, self.payload)
         for task, message in exchange.replies():
             reply, node = expect_reply(message), task.node
-            try:
-                if task.evaluate:
-                    merged.tally.add(node, evaluation_report(reply, heldout_limits[node]))
-                if task.tau == 0:
-                    continue
-                norm = verify_training(message, task, limits[node], base)
-                verify_norm(norm, self.recipe.link.max_update_norm)
-                report = training_report(reply)
+            try:  # all of a reply is checked before any of it counts
+                scores = evaluation_report(reply, heldout_limits[node]) if task.evaluate else None
+                if task.tau > 0:
+                    norm = verify_training(message, task, limits[node], base)
+                    verify_norm(norm, self.recipe.link.max_update_norm)
+                    report = training_report(reply)
             except (ReplyRefusedError, WireError) as error:
                 exchange.refuse(node, str(error))
+                continue
+            if scores is not None:
+                merged.tally.add(node, scores)
+            if task.tau == 0:
                 continue
             merge.fold(_update(message, base), 1 if uniform else report.tokens)
             merged.reports[node], merged.norms[node] = report, norm

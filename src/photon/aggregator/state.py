@@ -77,7 +77,7 @@ class RoundStore:
             committed = self._states.load(wanted)
             progress = Progress(**committed.fields)
             if run is not None and progress.run != run:
-                raise StateError(f"{committed.folder} belongs to run {progress.run}, not to {run}")
+                raise StateError(f"{committed.folder} belongs to run {progress.run}, not to {run}.")
             return GlobalState(progress, committed.read(MODEL_FILE), decode_tensors(committed.read(OUTER_FILE)))
         except (StateError, TypeError) as error:
             others = [number for number in rounds if number != wanted]

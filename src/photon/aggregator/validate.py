@@ -13,8 +13,11 @@ from torch import Tensor
 from photon.aggregator.merge import MAX_ABS_UPDATE
 from photon.errors import ReplyRefusedError
 from photon.link.codecs import CODECS, Codec
-from photon.link.tensors import iterate_tensors
+from photon.link.tensors import iterate_tensors, sha256_hex
 from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingReport, expect_reply
+
+# Nats, or bytes of text, that one held-out token may stand for: far beyond any model or tokenizer.
+MAX_PER_TOKEN = 1e4
 
 
 def verify_identity(sender: str, reply: Reply, task: Task) -> None:
@@ -35,6 +38,8 @@ def verify_training(message: Message, task: Task, tokens_per_step: int, base: Ma
     """
     reply = expect_reply(message)
     report = training_report(reply)
+    if sha256_hex(message.body) != reply.body_sha256:
+        raise ReplyRefusedError("its update was damaged on the way: the sha256 differs")
     if not 0 < report.steps <= task.tau:
         raise ReplyRefusedError(f"claims {report.steps} steps of a task of {task.tau}")
     if not 0 < report.tokens <= report.steps * tokens_per_step:
@@ -81,6 +86,9 @@ def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
         raise ReplyRefusedError("carries no evaluation report")
     if report.tokens > max_tokens:
         raise ReplyRefusedError(f"claims a score over {report.tokens} held-out tokens; it can have {max_tokens}")
+    for name in ("nats", "unigram_nats", "text_bytes"):
+        if not 0 <= getattr(report, name) <= MAX_PER_TOKEN * report.tokens:
+            raise ReplyRefusedError(f"claims {getattr(report, name):g} {name} for {report.tokens} tokens")
     return report
 
 

@@ -7,6 +7,7 @@ Nothing in it can be executed, and both parts are checked against their declared
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from photon.errors import WireError
 MAGIC = b"PHTN"
 VERSION = 1
 MAX_HEADER_BYTES = 2**20
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _PREFIX_BYTES = len(MAGIC) + 1 + 4
 _ALIGNMENT_BYTES = 64
 
@@ -82,6 +84,7 @@ class Reply(_Header):
     status: Literal["ok", "failed"]
     error: str = Field("", max_length=2000)
     codec: str = Field("exact", max_length=64)
+    body_sha256: Hash = Field(EMPTY_SHA256, description="Of the body: one flipped bit is noticed.")
     training: TrainingReport | None = None
     evaluation: EvaluationReport | None = None
 

@@ -70,7 +70,9 @@ class HuggingFaceModel(LanguageModel):
         settings = _settings(source, weights, vocab_size, sequence_length)
         try:
             if weights == "pretrained":
-                network = AutoModelForCausalLM.from_pretrained(source, config=settings, dtype=torch.float32)
+                network = AutoModelForCausalLM.from_pretrained(
+                    source, config=settings, dtype=torch.float32, trust_remote_code=False
+                )
             else:
                 network = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
@@ -165,7 +167,7 @@ def decoder_from_hf(folder: Path) -> Decoder:
     norm_eps = float(getattr(settings, family.eps))
     wanted = family.settings(config, vocab_size, sequence_length, norm_eps)
     _require_equal(wanted, settings.to_dict(), f"{folder}/config.json")
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     tensors = from_hf(family, config, network.state_dict())
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
         decoder = Decoder(config, vocab_size, sequence_length, norm_eps)
@@ -177,7 +179,7 @@ def _auto_config(source: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{source!r} is neither a folder with a Hugging Face model nor a hub id: {error}") from error
 
@@ -285,7 +287,7 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{source} holds no tokenizer that transformers can load: {error}") from error
     for name in _TOKENIZER_FILES:

@@ -103,9 +103,9 @@ class Node:
             on_progress(NodeProgress(node=task.node, round=task.round, state="evaluating"))
             evaluation = score(self.trainer, self.site.heldout, self.evaluation_batch_size)
         if task.tau == 0:
-            return encode_message(self._reply(task, None, evaluation))
+            return self._reply(task, None, evaluation, b"")
         training, body = self._train(task, base, received + task.deadline_s, on_progress)
-        return encode_message(self._reply(task, training, evaluation), body)
+        return self._reply(task, training, evaluation, body)
 
     def _train(
         self, task: Task, base: dict[str, Tensor], deadline: float, on_progress: Callable[[NodeProgress], None]
@@ -164,8 +164,10 @@ class Node:
         codec = CODECS[self.link.up]
         return {name: codec.encode(delta).cpu() for name, delta in update.items()}
 
-    def _reply(self, task: Task, training: TrainingReport | None, evaluation: EvaluationReport | None) -> Reply:
-        return Reply(
+    def _reply(
+        self, task: Task, training: TrainingReport | None, evaluation: EvaluationReport | None, body: bytes
+    ) -> bytes:
+        header = Reply(
             run=task.run,
             round=task.round,
             node=task.node,
@@ -173,9 +175,11 @@ class Node:
             base_sha256=task.base_sha256,
             status="ok",
             codec=self.link.up,
+            body_sha256=sha256_hex(body),
             training=training,
             evaluation=evaluation,
         )
+        return encode_message(header, body)
 
 
 def failure_reply(data: bytes, node: str, error: str) -> bytes:

@@ -23,10 +23,10 @@ demo: .venv/.ready  ## four owners of text train one model on this machine, offl
 	.venv/bin/photon train
 
 test: .venv/.ready  ## the fast test suite (no network, no GPU)
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.ready  ## fast and slow tests
-	.venv/bin/python -m pytest -n 2 -m "not gpu"
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 check: .venv/.ready  ## lint, format, types
 	.venv/bin/ruff check .
@@ -36,6 +36,13 @@ check: .venv/.ready  ## lint, format, types
 format: .venv/.ready  ## apply the formatter and the safe lint fixes
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+bench: .venv/.ready  ## the quick benchmarks, in under 10 minutes on a quiet machine
+	.venv/bin/python -m benchmarks.all
+
+docs: .venv/.ready  ## write the pages that are generated from the code
+	.venv/bin/python -m photon.docgen > docs/configuration.md
+	.venv/bin/python -m photon.schema_doc > docs/metrics.md
 
 clean:  ## remove the environment and caches (not runs/ and data/)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The quick version of every CPU benchmark, one after the other: `make bench`. About eight minutes on two quiet cores.
+"""The quick version of every CPU benchmark, one after the other: `make bench`. Eight to nine minutes on two cores.
 
 Each runs in a process of its own, so that none inherits another's threads, memory or warm caches. The long versions
 are run by name; `python -m benchmarks.NAME --help` lists what they take.
@@ -20,7 +20,7 @@ QUICK = {
     "fabric_overhead": ["--rounds", "3"],
     "startup": ["--repeats", "3"],
     "memory": ["--nodes", "2", "--nodes", "8"],
-    "demo_architecture": ["--cpu-seconds", "12", "--turns", "3", "--only", "demo", "--only", "adamw"],
+    "demo_architecture": ["--cpu-seconds", "12", "--turns", "7", "--only", "demo", "--only", "adamw"],
 }
 
 

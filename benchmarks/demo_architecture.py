@@ -41,6 +41,7 @@ from photon.node.trainer import Trainer
 from photon.recipe import load_recipe
 
 BASELINE = "demo"
+STEPS_PER_TURN = 3
 _LLAMA = ("model.norm=rmsnorm", "model.activation=swiglu")
 _ADAMW = ("node.optimizer=adamw", "node.lr=4e-3")
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -75,7 +76,7 @@ def main(
     cpu_budget_s: Annotated[float, typer.Option("--cpu-seconds", help="Training CPU seconds per candidate.")] = 60.0,
     only: Annotated[list[str] | None, typer.Option(help="Candidates by name; repeatable; default all.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and order of the text.")] = 1337,
-    turns: Annotated[int, typer.Option(help="Turns to measure step times in.", min=1)] = 7,
+    turns: Annotated[int, typer.Option(help="Turns to measure step times in.", min=1)] = 11,
     sequences: Annotated[int, typer.Option(help="Held-out sequences per silo.", min=1)] = 64,
     data_dir: DataDir = DATA_DIR,
     out: Out = RESULTS,
@@ -161,11 +162,11 @@ def step_time(trial: Trial, baseline: Trial, turns: int, reference_s: float | No
 
     def stepper(one: Trial) -> Callable[[], None]:
         trainer = one.trainer(10**6)
-        return lambda: one.steps(trainer, 0, 2)
+        return lambda: one.steps(trainer, 0, STEPS_PER_TURN)
 
     seconds = take_turns({"baseline": stepper(baseline), "trial": stepper(trial)}, turns)
     relative = 1.0 if trial.name == baseline.name else Spread.of_ratio(seconds["trial"], seconds["baseline"]).median
-    return reference_s or Spread(seconds["baseline"]).median / 2, relative
+    return reference_s or Spread(seconds["baseline"]).median / STEPS_PER_TURN, relative
 
 
 if __name__ == "__main__":

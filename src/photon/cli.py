@@ -89,7 +89,8 @@ def presets(
     from photon.results import presets_table
 
     if name is None:
-        Console().print(presets_table())
+        for part in presets_table():
+            Console().print(part)
     else:
         typer.echo(preset_text(name), nl=False)
 
@@ -107,13 +108,13 @@ def data_build(recipe: RecipeArgument, options: Overrides = None) -> None:
     Console().print(silos_table(prepared))
 
 
-@data_app.command("show", epilog="Example: photon data show data/silos/core-1a2b3c4d")
-def data_show(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of shards.")]) -> None:
-    """What is in a folder of shards."""
-    from photon.data.build import describe
-    from photon.results import description_table
+@data_app.command("show", epilog="Examples:\n\nphoton data show data\n\nphoton data show data/silos/core")
+def data_show(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder, or a part of one.")]) -> None:
+    """What is in each folder of shards at or under DIR; every file is checked against its hash."""
+    from photon.results import description_tables
 
-    Console().print(description_table(describe(folder)))
+    for table in description_tables(folder):
+        Console().print(table)
 
 
 @app.command(epilog="Examples:\n\nphoton evaluate runs/demo\n\nphoton evaluate runs/demo --data notes/ --data book.txt")
@@ -129,6 +130,8 @@ def evaluate(
     from photon.results import scores_table
     from photon.runfolder import RunFolder
 
+    if data and sequences:
+        raise InputError("--sequences is for the silos' held-out documents; with --data all of the text is scored")
     Console().print(scores_table(evaluate_run(RunFolder(run), data or [], sequences)))
 
 

@@ -23,8 +23,8 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def count(value: float) -> str:
-    """A number of things, three digits and a decimal scale: 112, 1.03M, 8.40k, 2.30G."""
-    return _scaled(value, "", "")
+    """A number of things, three digits and a decimal scale: 112, 1.03M, 8.40k, 2.30B (as parameters are counted)."""
+    return _scaled(value, "", "").replace("G", "B")
 
 
 def byte_size(size_bytes: float) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from photon.config import Recipe
-from photon.data.build import Prepared
+from photon.data.build import Prepared, describe, shard_folders
 from photon.data.shards import ShardReader
 from photon.display import final_table
 from photon.estimate import memory_estimate, tokens_per_round
 from photon.events import Sampled, Scores
 from photon.model.build import ParameterCount, count_parameters
-from photon.readable import byte_size, count, significant
+from photon.readable import byte_size, count, printable, significant
 from photon.recipe import load_recipe, preset_names
 from photon.runfolder import RunFolder
 from photon.summary import Summary
@@ -30,12 +32,22 @@ def show_results(folder: RunFolder, summary: Summary, console: Console) -> None:
     final_table(summary, before, after, folder.report, model, console)
 
 
-def presets_table() -> Table:
-    """Every preset with its size and what it needs."""
+def presets_table() -> list[Table]:
+    """Every preset with its size and what it needs, and what it is for."""
     table = Table(title="Presets: photon presets NAME prints one as TOML", title_justify="left")
-    for heading in ("name", "parameters", "nodes", "rounds x tau", "tokens/round", "node memory", "Aggregator"):
+    about = Table(show_header=False, box=None)
+    about.add_column("name", no_wrap=True, style="bold")
+    about.add_column("about")
+    for heading in (
+        "name",
+        "parameters",
+        "nodes",
+        "rounds x tau",
+        "tokens/round",
+        "memory of\na node",
+        "of the\nAggregator",
+    ):
         table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=heading == "name")
-    table.add_column("about")
     for name in preset_names():
         recipe = load_recipe(name)
         parameters = _parameters(recipe).total
@@ -49,9 +61,9 @@ def presets_table() -> Table:
             count(tokens_per_round(recipe)),
             byte_size(memory.node_bytes),
             byte_size(memory.aggregator_bytes),
-            recipe.about,
         )
-    return table
+        about.add_row(name, recipe.about)
+    return [table, about]
 
 
 def silos_table(prepared: Prepared) -> Table:
@@ -74,14 +86,16 @@ def silos_table(prepared: Prepared) -> Table:
     return table
 
 
-def description_table(description: Mapping[str, object]) -> Table:
-    """What `photon data show` found."""
-    table = Table(show_header=False)
-    table.add_column("what", style="bold")
-    table.add_column("value", overflow="fold")
-    for key, value in description.items():
-        table.add_row(key, str(value))
-    return table
+def description_tables(folder: Path) -> Iterator[Table]:
+    """What `photon data show` finds at or under `folder`. Raises DataError if there is nothing, or it is damaged."""
+    for shards in shard_folders(folder):
+        ShardReader(shards).verify()
+        table = Table(show_header=False)
+        table.add_column("what", style="bold")
+        table.add_column("value", overflow="fold")
+        for key, value in describe(shards).items():
+            table.add_row(key, Text(printable(str(value))))
+        yield table
 
 
 def scores_table(scores: tuple[Scores, Mapping[str, Scores]]) -> Table:

@@ -30,7 +30,7 @@ from photon.model.base import LanguageModel
 from photon.model.build import build_model, load_weights, named_weights
 from photon.model.generate import generate
 from photon.model.hf import export
-from photon.node.device import WorkerPlan, plan_workers
+from photon.node.device import WorkerPlan, available_cores, plan_workers, resolve_devices
 from photon.node.state import NodeStore
 from photon.recipe import dump_recipe, load_recipe
 from photon.report import write_report
@@ -56,6 +56,7 @@ def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
     """Begin a run in an empty `folder` and bring it to its end."""
     if any(silo.name.lower() == POOLED for silo in recipe.silo):
         raise ConfigError(f"a silo cannot be called {POOLED!r}: the centralised baseline uses that name")
+    _plan(recipe)  # a device that is not here is refused before anything is built
     with folder.lock():
         prepared = prepare_data(recipe, display)
         folder.tokenizer.mkdir(exist_ok=True)
@@ -70,7 +71,8 @@ def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
 
 def resume(folder: RunFolder, display: Display, round_index: int | None = None) -> Summary:
     """Go on from the newest committed round, or from an older one on request (later ones are set aside)."""
-    folder.identity()
+    for note in folder.changes():
+        display.note(note)
     with folder.lock():
         run = _open(folder)
         if round_index is not None:
@@ -140,13 +142,17 @@ def _go_on(run: Run, display: Display) -> Summary:
 
 
 def _run_to_end(run: Run, display: Display) -> Summary:
-    # The Aggregator works while nodes train: a second thread here would fight them for cores, and slow both.
-    torch.set_num_threads(1)
+    plans = _plan(run.recipe)
+    # The Aggregator works while nodes train: where they do so on the CPU, a second thread here would fight them for
+    # cores and slow both; beside GPUs the cores are free.
+    on_cpu = any(plan.device == "cpu" for plan in plans)
+    torch.set_num_threads(1 if on_cpu else max(1, available_cores() // 2))
     model = run.build_model()
     begun = bool(run.store.rounds())
     state = run.store.load(run.identity.run) if begun else _untrained(run, model)
     truncate_to(run.folder.metrics, state.progress.metrics_bytes)
-    plans = _plan(run)
+    for site in run.sites:  # what a resume was about to put away when it was cut off itself
+        _node_store(run, site).set_aside(state.progress.round + 1)
     with (
         open_tracker(run.recipe.track, run.folder.path, run.identity.run, display) as tracker,
         _open_fabric(run, plans, len(state.payload)) as fabric,
@@ -182,11 +188,13 @@ def _untrained(run: Run, model: LanguageModel) -> GlobalState:
     return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
 
 
-def _plan(run: Run) -> list[WorkerPlan]:
-    trainers = [site for site in run.sites if site.trains]
-    plans = plan_workers(run.recipe.node, min(len(trainers), run.recipe.nodes_per_round))
-    # A silo's own device gets a worker of its own if the plan has none there.
-    for device in sorted({site.device for site in run.sites if site.device} - {plan.device for plan in plans}):
+def _plan(recipe: Recipe) -> list[WorkerPlan]:
+    """The workers of a run. Raises ConfigError if a device is not on this machine."""
+    trainers = 1 if recipe.federation.outer == "none" else recipe.nodes_per_round
+    plans = plan_workers(recipe.node, trainers)
+    # A silo's own devices get workers of their own if the plan has none there.
+    own = {device for silo in recipe.silo if silo.device for device in resolve_devices(silo.device)}
+    for device in sorted(own - {plan.device for plan in plans}):
         plans.append(WorkerPlan(device, plans[0].threads))
     return plans
 
@@ -199,7 +207,7 @@ def _open_fabric(run: Run, plans: list[WorkerPlan], payload_bytes: int) -> Itera
         plans,
         run.folder.logs,
         payload_bytes,
-        {site.name: site.device for site in run.sites if site.device},
+        {site.name: resolve_devices(site.device) for site in run.sites if site.device},
     )
     try:
         yield fabric

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,6 +35,7 @@ class Identity(BaseModel):
     created: float
     photon: str
     vocab_size: int
+    recipe_sha256: str
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,14 @@ class RunFolder:
         return self.path / "nodes" / name
 
     def write_identity(self, vocab_size: int) -> Identity:
-        """Give a new run its identity."""
-        identity = Identity(run=secrets.token_hex(8), created=time.time(), photon=__version__, vocab_size=vocab_size)
+        """Give a new run, whose recipe is written, its identity."""
+        identity = Identity(
+            run=secrets.token_hex(8),
+            created=time.time(),
+            photon=__version__,
+            vocab_size=vocab_size,
+            recipe_sha256=sha256(self.recipe.read_bytes()).hexdigest(),
+        )
         write_atomic(self.path / "run.json", identity.model_dump_json(indent=1) + "\n")
         return identity
 
@@ -98,6 +106,19 @@ class RunFolder:
             return Identity.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise StateError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+
+    def changes(self) -> list[str]:
+        """What differs from when the run began, a sentence each; none of it is refused, all of it should be known.
+
+        Raises what `identity` raises.
+        """
+        identity = self.identity()
+        changes = []
+        if sha256(self.recipe.read_bytes()).hexdigest() != identity.recipe_sha256:
+            changes.append(f"{self.recipe} was changed since the run began: from here on the run follows the new one")
+        if identity.photon != __version__:
+            changes.append(f"the run began with photon {identity.photon}, this is {__version__}: bits may differ")
+        return changes
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -188,9 +188,7 @@ def test_a_round_without_its_quorum_commits_nothing_and_can_be_done_again(tmp_pa
 
     folder = tmp_path / "failing"
     failing = Federation(folder, recipe, fail_in_round_1)
-    with pytest.raises(
-        RoundFailedError, match=r"round 1: . of 3 nodes counted.*asks for 3.*bob: power cut.*resume"
-    ):
+    with pytest.raises(RoundFailedError, match=r"round 1: . of 3 nodes counted.*asks for 3.*bob: power cut.*resume"):
         failing.run()
     assert failing.store.rounds() == [0, 1]
     assert len(failing.rounds()) == 1

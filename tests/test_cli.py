@@ -1,0 +1,138 @@
+"""The commands: their names and options are frozen, and every mistake ends in one clear sentence and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from photon.cli import app, main, split_words
+from photon.errors import InputError
+
+FROZEN = {
+    "train": ["words", "--run", "--resume", "--round"],
+    "presets": ["name"],
+    "data build": ["recipe", "options"],
+    "data show": ["folder"],
+    "evaluate": ["run", "--data", "--sequences"],
+    "generate": ["run", "prompt", "--tokens", "--temperature", "--top-k", "--seed"],
+    "export": ["run", "folder"],
+    "report": ["run"],
+}
+
+
+def commands() -> dict[str, list[str]]:
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():
+        nested = getattr(command, "commands", None)
+        for path, one in (
+            {f"{name} {key}": value for key, value in nested.items()}.items() if nested else [(name, command)]
+        ):
+            found[path] = [p.opts[0] for p in one.params if p.name != "help"]
+    return found
+
+
+def test_commands_and_options_are_frozen() -> None:
+    """Users' scripts rely on them: add freely, rename never without a word in the changelog."""
+    assert commands() == FROZEN
+
+
+@pytest.mark.parametrize("command", FROZEN)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert f"photon {command}" in result.output.split("Example", 1)[1]
+
+
+def photon(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The command in this process: (exit code, what it said)."""
+    argv = sys.argv
+    sys.argv = ["photon", *map(str, arguments)]
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+MISTAKES = {
+    "unknown preset": (["train", "demmo"], "demo"),
+    "two recipes": (["train", "demo", "own-text"], "one recipe at a time"),
+    "unknown option": (["train", "demo", "node.batchsize=3"], "batch_size"),
+    "out of range": (["train", "demo", "federation.tau=0"], "federation.tau"),
+    "no such file": (["train", "missing.toml"], "missing.toml"),
+    "round without resume": (["train", "--round", "3"], "--resume"),
+    "resume with a recipe": (["train", "demo", "--resume", "."], "takes no recipe"),
+    "resume of no run": (["train", "--resume", "."], "is not a run"),
+    "report of no run": (["report", "."], "is not a run"),
+    "evaluate of no run": (["evaluate", "nowhere"], "nowhere is not a run"),
+    "generate of no run": (["generate", "nowhere", "x"], "nowhere is not a run"),
+    "export of no run": (["export", "nowhere", "out"], "nowhere is not a run"),
+    "sequences with data": (["evaluate", ".", "--data", "x", "--sequences", "3"], "--sequences"),
+    "shards of nothing": (["data", "show", "."], "no shards here"),
+    "unknown device": (["train", "demo", "node.device=cuda:99", "--run", "r"], "cuda:99"),
+    "missing text": (["train", "own-text", "--run", "r"], "text/library"),
+    "unknown command": (["trian"], "trian"),
+    "unknown flag": (["train", "--rnu", "x"], "--rnu"),
+    "unknown preset to print": (["presets", "demmo"], "demo"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_and_exit_with_2(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = MISTAKES[mistake]
+    code, output = photon(*arguments, capsys=capsys)
+    assert code == 2, output
+    assert expected in output
+    assert "Traceback" not in output
+
+
+def test_a_refused_device_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photon("train", "demo", "node.device=cuda:99", "--run", "r", capsys=capsys)
+    assert not list(tmp_path.rglob("run.json"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_run_folder_that_holds_something_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, output = photon("train", "demo", "--run", tmp_path, capsys=capsys)
+    assert code == 2
+    assert "is not empty" in output
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = photon("presets", capsys=capsys)
+    assert code == 0
+    assert all(name in output for name in ("demo", "paper-7b", "llama-125m"))
+    code, text = photon("presets", "demo", capsys=capsys)
+    assert code == 0
+    assert "[[silo]]" in text
+
+
+def test_words_of_train() -> None:
+    assert split_words([]) == ("demo", [])
+    assert split_words(["node.lr=1"]) == ("demo", ["node.lr=1"])
+    assert split_words(["node.lr=1", "a.toml", "seed=3"]) == ("a.toml", ["node.lr=1", "seed=3"])
+    with pytest.raises(InputError, match="one recipe"):
+        split_words(["a", "b"])
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; import photon.cli; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

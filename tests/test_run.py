@@ -1,0 +1,157 @@
+"""One whole run with real processes, and everything that can be asked of it afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests.faults.federations import OWNERS, run, write_recipe
+
+from photon.evaluate import continue_text, evaluate_run, export_run
+from photon.events import Evaluated, RoundDone, Sampled
+from photon.recipe import load_recipe
+from photon.run import write_results
+from photon.runfolder import RunFolder
+from photon.summary import Summary
+from photon.track import read_events
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("federation"), rounds=4)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path) -> RunFolder:
+    """A run of three owners, two of them sampled each round, one with a batch and a tau of its own."""
+    text = recipe.read_text().replace("[federation]\n", "[federation]\nnodes_per_round = 2\n", 1)
+    own = text.replace('name = "bob"\n', 'name = "bob"\nbatch_size = 3\ntau = 2\n')
+    path = recipe.with_name("unequal.toml")
+    path.write_text(own)
+    folder = RunFolder(recipe.parent / "run")
+    code, output = run("train", path, "--run", folder.path)
+    assert code == 0, output
+    assert str(folder.report) in output
+    assert str(folder.model) in output
+    return folder
+
+
+def test_the_folder_holds_what_the_documentation_says(finished: RunFolder) -> None:
+    names = {entry.name for entry in finished.path.iterdir() if not entry.name.startswith(".")}
+    assert names == {
+        "recipe.toml", "run.json", "metrics.jsonl", "summary.json", "report.html", "tokenizer", "rounds", "nodes",
+        "model", "logs",
+    }  # fmt: skip
+    assert sorted(entry.name for entry in (finished.path / "nodes").iterdir()) == sorted(OWNERS)
+
+
+def test_the_summary_adds_up(finished: RunFolder) -> None:
+    summary = Summary.model_validate_json((finished.path / "summary.json").read_text())
+    rounds = [event for event in read_events(finished.metrics) if isinstance(event, RoundDone)]
+    tokens_of = {"ada": 2 * 4 * 32, "bob": 3 * 2 * 32, "cyd": 2 * 4 * 32}
+    for event in rounds:
+        assert {name: node.tokens for name, node in event.nodes.items()} == {n: tokens_of[n] for n in event.nodes}
+        assert len(event.nodes) == 2
+    assert summary.status == "finished"
+    assert summary.rounds == 4
+    assert summary.sequential_steps == 16
+    assert summary.nodes == 3
+    assert summary.tokens == sum(event.round_tokens for event in rounds)
+    payload = summary.parameters * 4
+    assert summary.payload_bytes == payload
+    assert summary.bytes_ddp == 2 * payload * 16 * 2
+    # Up: an update for each sampled node. Down: the base to each, to who only scores it (rounds 0 and 2), and the last.
+    assert 8 * payload < summary.bytes_up < 8 * payload * 1.2
+    assert (8 + 2 + 3) * payload < summary.bytes_down < (8 + 2 + 3) * payload * 1.2
+    weights = finished.rounds / "000004" / "model.safetensors"
+    assert summary.model_sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert summary.after is not None
+    assert set(summary.after.silos) == set(OWNERS)
+
+
+def test_evaluate_repeats_the_last_score(finished: RunFolder) -> None:
+    last = [event for event in read_events(finished.metrics) if isinstance(event, Evaluated)][-1]
+    pooled, silos = evaluate_run(finished, [], None)
+    assert math.isclose(pooled.loss, last.pooled.loss, rel_tol=1e-6)
+    assert math.isclose(pooled.bits_per_byte, last.pooled.bits_per_byte, rel_tol=1e-6)
+    assert all(math.isclose(silos[name].loss, last.silos[name].loss, rel_tol=1e-6) for name in OWNERS)
+
+
+def test_evaluate_scores_given_text_to_its_last_token(finished: RunFolder, tmp_path: Path) -> None:
+    from photon.run import load_trained
+
+    text = "ada 4 of 3 things; bob 7 of 2 things; " * 9
+    (tmp_path / "text.txt").write_text(text)
+    pooled, _ = evaluate_run(finished, [str(tmp_path / "text.txt")], None)
+    loaded, model, _ = load_trained(finished)
+    ids = [*loaded.tokenizer.encode(text), loaded.tokenizer.end_of_text]
+    assert pooled.tokens == len(ids) - 1
+    nats = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = torch.tensor([ids[start : start + 33]])
+        with torch.no_grad():
+            scores = model.logits(window[:, :-1]).log_softmax(-1)
+        nats -= float(scores.gather(-1, window[:, 1:, None]).sum())
+    assert math.isclose(pooled.loss, nats / (len(ids) - 1), rel_tol=1e-5)
+    assert math.isclose(
+        pooled.bits_per_byte, nats / math.log(2) / (len(text) * (len(ids) - 1) / len(ids)), rel_tol=1e-5
+    )
+
+
+def test_generation_follows_its_seed(finished: RunFolder) -> None:
+    texts = [continue_text(finished, "ada", 24, 1.0, 0, seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_exported_model_is_the_trained_one(finished: RunFolder, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from photon.run import load_trained
+
+    export_run(finished, tmp_path / "model")
+    loaded, model, _ = load_trained(finished)
+    text = "bob 7 of 2 things;"
+    for folder in (tmp_path / "model", finished.model):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer(text)["input_ids"] == loaded.tokenizer.encode(text)
+        ids = torch.tensor([loaded.tokenizer.encode(text)])
+        with torch.no_grad():
+            assert (theirs(ids).logits - model.logits(ids)).abs().max() < 1e-5
+
+
+def test_results_can_be_written_again(finished: RunFolder) -> None:
+    before = (finished.path / "summary.json").read_bytes(), finished.report.read_bytes()
+    write_results(finished)
+    assert ((finished.path / "summary.json").read_bytes(), finished.report.read_bytes()) == before
+
+
+def test_the_recipe_in_the_folder_is_the_one_that_ran(finished: RunFolder, recipe: Path) -> None:
+    ours = load_recipe(finished.recipe)
+    assert ours == load_recipe(recipe.with_name("unequal.toml"))
+    assert finished.changes() == []
+    text = finished.recipe.read_text()
+    finished.recipe.write_text(text + "\n# edited\n")
+    assert "was changed since the run began" in finished.changes()[0]
+    finished.recipe.write_text(text)
+
+
+def test_samples_before_and_after(finished: RunFolder) -> None:
+    samples = [event for event in read_events(finished.metrics) if isinstance(event, Sampled)]
+    assert [sample.round for sample in samples] == [0, 4]
+
+
+def test_the_baseline_trains_the_same_tokens_in_one_place(recipe: Path) -> None:
+    folder = recipe.parent / "baseline"
+    code, output = run("train", recipe, "federation.outer=none", "--run", folder)
+    assert code == 0, output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["nodes"] == 1
+    assert summary["tokens"] == 4 * 4 * 3 * 2 * 32  # rounds x tau x owners x batch x sequence
+    assert summary["sequential_steps"] == 16
+    assert summary["bytes_ratio"] is None
+    assert set(summary["after"]["silos"]) == set(OWNERS)

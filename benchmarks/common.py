@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def revision() -> dict[str, object]:
 def command() -> str:
     """How to run this again."""
     module = Path(sys.argv[0]).stem
-    return " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]]).replace(f"{ROOT}/", "")
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]).replace(f"{ROOT}/", "")
 
 
 def pin(threads: int = 1, device: str = "cpu") -> None:

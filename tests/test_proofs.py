@@ -284,7 +284,8 @@ def crash_at(step: int) -> Iterator[list[str]]:
 
         return call
 
-    def write_half(path: Path, data: bytes) -> None:
+    def write_half(path: Path, chunks: Iterable[bytes]) -> None:
+        data = b"".join(chunks)
         path.write_bytes(data[: len(data) // 2])
 
     with (
@@ -342,19 +343,20 @@ def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> Nod
 
 
 def write_in_place(
-    states: durable.NumberedStates, number: int, files: Mapping[str, bytes], fields: Mapping[str, Any]
+    states: durable.NumberedStates, number: int, files: Mapping[str, Iterable[bytes]], fields: Mapping[str, Any]
 ) -> None:
     """A mutant: the folder has its final name while it is written."""
     folder = states.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
+    whole = {name: b"".join(chunks) for name, chunks in files.items()}
     entries = {
         name: durable._FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        for name, data in files.items()
+        for name, data in whole.items()
     }
     manifest = durable._Manifest(number=number, fields=dict(fields), files=entries, sha256="")
     manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
-    for name, data in {**files, durable.STATE_FILE: manifest.model_dump_json().encode()}.items():
-        durable._write_synced(folder / name, data)
+    for name, data in {**whole, durable.STATE_FILE: manifest.model_dump_json().encode()}.items():
+        durable._write_synced(folder / name, [data])
 
 
 @pytest.mark.parametrize(

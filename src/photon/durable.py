@@ -24,12 +24,14 @@ STATE_FILE = "state.json"
 _PENDING = ".pending-"
 _DIGITS = 6
 
+Chunk = bytes | memoryview  # of single bytes, so that its length is its size
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` so that a reader or a crash sees the old content or the new, never a part."""
     pending = path.with_name(f"{_PENDING}{path.name}-{secrets.token_hex(4)}")
     try:
-        _write_synced(pending, data.encode() if isinstance(data, str) else data)
+        _write_synced(pending, [data.encode() if isinstance(data, str) else data])
         pending.replace(path)
         sync_folder(path.parent)
     finally:
@@ -101,18 +103,20 @@ class NumberedStates:
         """Where state `number` is or would be."""
         return self.root / f"{number:0{_DIGITS}d}"
 
-    def commit(self, number: int, files: Mapping[str, bytes], fields: Mapping[str, Any]) -> None:
-        """Write state `number` (replacing one of that number) and make it durable before returning."""
+    def commit(self, number: int, files: Mapping[str, Iterable[Chunk]], fields: Mapping[str, Any]) -> None:
+        """Write state `number` (replacing one of that number) and make it durable before returning.
+
+        A file is given in chunks, so that what is large need never be in memory in one piece.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         pending = self.root / f"{_PENDING}{number:0{_DIGITS}d}-{secrets.token_hex(4)}"
         pending.mkdir()
         entries = {}
-        for name, data in files.items():
-            _write_synced(pending / name, data)
-            entries[name] = _FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, chunks in files.items():
+            entries[name] = _write_synced(pending / name, chunks)
         manifest = _Manifest(number=number, fields=dict(fields), files=entries, sha256="")
         manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
-        _write_synced(pending / STATE_FILE, manifest.model_dump_json(indent=1).encode())
+        _write_synced(pending / STATE_FILE, [manifest.model_dump_json(indent=1).encode()])
         sync_folder(pending)
         final = self.folder(number)
         if final.exists():  # a repeated round: should we crash between the two renames, it is repeated once more
@@ -162,11 +166,16 @@ def kept_numbers(numbers: Iterable[int], keep_last: int, keep_every: int) -> set
     return set(ordered[-keep_last:]) | {number for number in ordered if keep_every and number % keep_every == 0}
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, chunks: Iterable[Chunk]) -> _FileEntry:
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        file.write(data)
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
+    return _FileEntry(bytes=size, sha256=digest.hexdigest())
 
 
 def _verify(path: Path, expected: _FileEntry) -> None:

@@ -160,10 +160,12 @@ def _run_to_end(run: Run, display: Display) -> Summary:
         tracker.write(_started(run, state, model, plans))
         if not begun:
             _sample(run, model, tracker, state)
+        del model  # the Aggregator works on named tensors: a model here would be one copy too many
         final = Aggregator(run.recipe, fabric, run.store, tracker, state).run()
-        load_weights(model, decode_tensors(final.payload))
-        _sample(run, model, tracker, final)
-        export(model, run.recipe.model, run.folder.tokenizer, run.folder.model)
+        trained = run.build_model()
+        load_weights(trained, decode_tensors(final.payload))
+        _sample(run, trained, tracker, final)
+        export(trained, run.recipe.model, run.folder.tokenizer, run.folder.model)
         tracker.write(
             RunFinished(
                 time=time.time(),

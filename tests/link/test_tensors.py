@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from photon.errors import WireError
@@ -39,6 +39,11 @@ def test_round_trip_equals_the_library(tensors: dict[str, Tensor]) -> None:
         assert ours[name].shape == tensor.shape
         assert torch.equal(ours[name], theirs[name])
         assert torch.equal(ours[name], tensor)
+
+
+@given(named_tensors())
+def test_the_bytes_are_the_librarys(tensors: dict[str, Tensor]) -> None:
+    assert encode_tensors(tensors) == save(tensors)
 
 
 def test_bytes_depend_on_nothing_but_names_and_values() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from photon.durable import NumberedStates, kept_numbers
 from photon.errors import StateError
-from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
+from photon.link.tensors import decode_tensors, sha256_hex, tensor_chunks
 
 MODEL_FILE = "model.safetensors"
 OUTER_FILE = "outer.safetensors"
@@ -60,7 +60,7 @@ class RoundStore:
 
     def commit(self, state: GlobalState) -> None:
         """Make `state` durable, then drop what the retention rule lets go."""
-        files = {MODEL_FILE: state.payload, OUTER_FILE: encode_tensors(state.outer)}
+        files = {MODEL_FILE: [state.payload], OUTER_FILE: tensor_chunks(state.outer)}
         self._states.commit(state.progress.round, files, asdict(state.progress))
         self._states.prune(kept_numbers(self._states.numbers(), self._keep_last, self._keep_every))
 

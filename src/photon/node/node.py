@@ -114,6 +114,7 @@ class Node:
         state = self.site.store.load(self.run, self.site.name, task.round)
         keep = self.config.optimizer_state == "keep"
         import_state(self.trainer.optimizer, self.trainer.model, state.optimizer if keep else {})
+        state = replace(state, optimizer={})  # as read from disk it is a second copy, not to be kept while training
 
         def on_step(step: int, loss: float) -> bool:
             on_progress(

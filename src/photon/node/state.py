@@ -14,7 +14,7 @@ from torch import Tensor
 
 from photon.durable import NumberedStates, kept_numbers
 from photon.errors import StateError
-from photon.link.tensors import decode_tensors, encode_tensors
+from photon.link.tensors import decode_tensors, tensor_chunks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -71,7 +71,7 @@ class NodeStore:
             "tokens": state.tokens,
             "steps": state.steps,
         }
-        self._states.commit(ready_for, {OPTIMIZER_FILE: encode_tensors(state.optimizer)}, fields)
+        self._states.commit(ready_for, {OPTIMIZER_FILE: tensor_chunks(state.optimizer)}, fields)
         # The Aggregator keeps rounds up to ready_for - 1 (ready_for itself is not committed there yet). Each of them
         # needs the newest state filed at or before it.
         numbers = self._states.numbers()

@@ -160,8 +160,9 @@ def _run_to_end(run: Run, display: Display) -> Summary:
         tracker.write(_started(run, state, model, plans))
         if not begun:
             _sample(run, model, tracker, state)
-        del model  # the Aggregator works on named tensors: a model here would be one copy too many
-        final = Aggregator(run.recipe, fabric, run.store, tracker, state).run()
+        aggregator = Aggregator(run.recipe, fabric, run.store, tracker, state)
+        del model, state  # the Aggregator has its own: these would be two copies too many, for weeks
+        final = aggregator.run()
         trained = run.build_model()
         load_weights(trained, decode_tensors(final.payload))
         _sample(run, trained, tracker, final)

@@ -101,7 +101,7 @@ def test_environment_sets_threads_and_yields_to_the_user_elsewhere() -> None:
         "OMP_NUM_THREADS": "3",
         "MKL_NUM_THREADS": "3",
         "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_MMAP_THRESHOLD_": str(2**26),
         "MALLOC_TRIM_THRESHOLD_": "7",
     }
     assert base["OMP_NUM_THREADS"] == "64"

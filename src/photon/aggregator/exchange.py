@@ -81,6 +81,7 @@ class Exchange:
                     accepted = self._accept(node, data)
                     if accepted is not None:
                         yield accepted
+                    del data, accepted  # one reply in memory, not this one until the next has arrived
         reason = "given up: no quorum was in reach" if self._is_hopeless else "no answer before the deadline"
         for node in list(self._waiting):
             self._fabric.abandon(node)

@@ -125,6 +125,7 @@ class Aggregator:
             merge.fold(_update(message, base), 1 if uniform else report.tokens)
             merged.reports[node], merged.norms[node] = report, norm
             merged.samples[node] = sample_update(_update(message, base), _values(base))
+            del message, reply  # freed before the next one arrives, not after
         merged.missing = exchange.missing
         if not exchange.quorum_is_met:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(exchange.missing.items()))

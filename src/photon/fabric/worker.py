@@ -95,6 +95,7 @@ def serve(connection: Connection, worker: Worker) -> None:
             kind, reply = worker.answer(connection.recv_bytes(), connection)
             connection.send_bytes(kind)
             connection.send_bytes(reply)
+            del reply  # an update is model-sized: not kept until the next one
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the Aggregator's process is gone: nothing is left to do
 

@@ -52,7 +52,7 @@ class TensorSpec:
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Safetensors bytes of CPU tensors. The same names and values always give the same bytes."""
+    """Safetensors bytes of tensors. The same names and values always give the same bytes."""
     return b"".join(tensor_chunks(tensors))
 
 
@@ -70,7 +70,7 @@ def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]
     text += b" " * (-len(text) % _HEADER_LENGTH_BYTES)
     yield len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
     for name in order:
-        flat = tensors[name].detach().contiguous().view(-1)
+        flat = tensors[name].detach().cpu().contiguous().view(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data
 

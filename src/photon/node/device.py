@@ -23,7 +23,8 @@ from photon.errors import ConfigError
 # Control groups, version 2: microseconds of CPU time per period, or `max`.
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Blocks below the first size come from the heap; the heap shrinks only when more than the second is free at its top.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+# 64 MiB: a step's activations are smaller and stay, a model-sized buffer of the exchange is larger and goes back.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**26), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 # The same two for mallopt(3), by their numbers in malloc.h.
 _MALLOPT = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
 

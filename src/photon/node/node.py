@@ -27,7 +27,7 @@ from photon.link.update import (
     expect_task,
 )
 from photon.model.build import load_weights, named_weights
-from photon.node.optimizers import export_state, import_state
+from photon.node.optimizers import import_state, state_views
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
 
@@ -130,7 +130,7 @@ class Node:
             position=state.position + local.steps * self.site.batch_size,
             tokens=state.tokens + local.tokens,
             steps=state.steps + local.steps,
-            optimizer=export_state(self.trainer.optimizer, self.trainer.model) if keep else {},
+            optimizer=state_views(self.trainer.optimizer, self.trainer.model) if keep else {},
         )
         report = TrainingReport(
             tokens=local.tokens,

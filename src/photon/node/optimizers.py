@@ -75,6 +75,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, scale: float) -> None:
         group["lr"] = group["initial_lr"] * scale
 
 
+def state_views(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The whole state where it lies, keyed as `export_state` does: for writing it out before the next step."""
+    return {
+        f"{name}/{key}": value.detach()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
+        if value is not None
+    }
+
+
 def export_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """A copy of the whole state, keyed `"{parameter name}/{state name}"`; empty before the first step.
 
@@ -82,11 +93,8 @@ def export_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
     written with safetensors. `step` is a 0-d float32.
     """
     return {
-        f"{name}/{key}": value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for key, value in optimizer.state[parameter].items()
-        if value is not None
+        key: value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in state_views(optimizer, model).items()
     }
 
 

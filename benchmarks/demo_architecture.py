@@ -42,33 +42,32 @@ from photon.recipe import load_recipe
 
 BASELINE = "demo"
 STEPS_PER_TURN = 3
-_LLAMA = ("model.norm=rmsnorm", "model.activation=swiglu")
+_ROPE = ("model.positions=rope",)
+_LLAMA = (*_ROPE, "model.norm=rmsnorm", "model.activation=swiglu")
 _ADAMW = ("node.optimizer=adamw", "node.lr=4e-3")
 CANDIDATES: dict[str, tuple[str, ...]] = {
     BASELINE: (),
-    "no qk_norm": ("model.qk_norm=false",),
-    "learned, no qk_norm": ("model.positions=learned", "model.qk_norm=false"),
-    "alibi, no qk_norm": ("model.positions=alibi", "model.qk_norm=false"),
+    "rope": _ROPE,
+    "rope, qk_norm": (*_ROPE, "model.qk_norm=true"),
+    "learned": ("model.positions=learned",),
     "llama": _LLAMA,
-    "rmsnorm": ("model.norm=rmsnorm",),
+    "llama, qk_norm": (*_LLAMA, "model.qk_norm=true"),
     "adamw": _ADAMW,
     "adamw lr 8e-3": ("node.optimizer=adamw", "node.lr=8e-3"),
     "adamw llama": (*_ADAMW, *_LLAMA),
-    "adamw no qk_norm": (*_ADAMW, "model.qk_norm=false"),
     "width 96": ("model.width=96", "model.heads=3"),
     "width 160": ("model.width=160", "model.heads=5"),
     "width 160, 3 layers": ("model.width=160", "model.heads=5", "model.layers=3"),
     "3 layers": ("model.layers=3",),
     "6 layers": ("model.layers=6",),
-    "batch 4": ("node.batch_size=4",),
+    "batch 2": ("node.batch_size=2",),
+    "batch 8": ("node.batch_size=8",),
     "batch 16": ("node.batch_size=16",),
     "vocabulary 2048": ("data.vocab_size=2048",),
-    "vocabulary 2048, batch 4": ("data.vocab_size=2048", "node.batch_size=4"),
-    "sequence 128, batch 16": ("data.sequence_length=128", "node.batch_size=16"),
+    "sequence 128, batch 8": ("data.sequence_length=128", "node.batch_size=8"),
     "muon_lr 0.01": ("node.muon_lr=0.01",),
-    "muon_lr 0.025": ("node.muon_lr=0.025",),
-    "lr 4e-3": ("node.lr=4e-3",),
-    "untied": ("model.tied=false",),
+    "muon_lr 0.03": ("node.muon_lr=0.03",),
+    "lr 5e-3": ("node.lr=5e-3",),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from photon import __version__
 from photon.cli import app, main, split_words
 from photon.errors import InputError
 
@@ -123,6 +124,10 @@ def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     code, text = photon("presets", "demo", capsys=capsys)
     assert code == 0
     assert "[[silo]]" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert photon("--version", capsys=capsys) == (0, f"{__version__}\n")
 
 
 def test_words_of_train() -> None:

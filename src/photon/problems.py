@@ -44,17 +44,18 @@ def unknown_option(section: str, key: str) -> str:
     homes = [name for name in section_types() if name != section and key in options_of(name)]
     if homes and (section == TOP or not nearest(key, own)):
         if homes[0] == TOP:
-            return f"{where} no option `{key}`; it belongs at the top, before the first section"
-        return f"{where} no option `{key}`; it belongs in {' or '.join(section_header(name) for name in homes)}"
+            return f"{where} no option `{shorten(key)}`; it belongs at the top, before the first section"
+        places = " or ".join(section_header(name) for name in homes)
+        return f"{where} no option `{shorten(key)}`; it belongs in {places}"
     known = [*own, *filter(None, section_types())] if section == TOP else list(own)
-    return f"{where} no option `{key}`; {hint(key, known)}"
+    return f"{where} no option `{shorten(key)}`; {hint(key, known)}"
 
 
 def unknown_section(name: str) -> str:
     """What to say of a table that is no section of a recipe."""
     headers = {section: section_header(section) for section in section_types() if section != TOP}
     close = nearest(name, headers)
-    return f"there is no section `{name}`; " + (
+    return f"there is no section `{shorten(name)}`; " + (
         f"did you mean {headers[close]}?" if close else f"there are: {', '.join(headers.values())}"
     )
 

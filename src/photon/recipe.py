@@ -136,7 +136,7 @@ def _apply_override(table: Table, override: str, origin: Origin) -> None:
     if section.startswith("silo."):
         section, owner = "silo", section.removeprefix("silo.")
     elif section == "silo":
-        raise ConfigError(f"must name the owner: silo.NAME.{key}=...")
+        raise ConfigError(f"must name the owner: silo.NAME.{shorten(key)}=...")
     if section not in sections:
         raise ConfigError(unknown_section(section))
     if section == TOP and key in sections and key != "silo":
@@ -171,7 +171,7 @@ def _silo_table(table: Table, owner: str, key: str) -> tuple[Table, Location]:
     silos = [silo for silo in listed if isinstance(silo, dict)] if isinstance(listed, list) else []
     names = [str(silo.get("name")) for silo in silos]
     if owner not in names:
-        raise ConfigError(f"there is no silo `{owner}`; {hint(owner, names)}")
+        raise ConfigError(f"there is no silo `{shorten(owner)}`; {hint(owner, names)}")
     index = names.index(owner)
     return silos[index], ("silo", index, key)
 

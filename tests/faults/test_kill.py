@@ -81,8 +81,8 @@ def test_a_killed_worker_is_replaced_and_its_work_repeated(undisturbed: tuple[Pa
     assert workers_of(folder) == []
 
 
-def test_ctrl_c_says_how_to_go_on(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe, whole = undisturbed
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, rounds=400)  # too many to be over before the signal arrives
     folder = tmp_path / "run"
     process = start("train", recipe, "--run", folder)
     assert wait_for((folder / "rounds" / "000001").exists, process)
@@ -92,9 +92,6 @@ def test_ctrl_c_says_how_to_go_on(undisturbed: tuple[Path, Path], tmp_path: Path
     assert f"photon train --resume {folder}" in output
     assert "Traceback" not in output
     assert workers_of(folder) == []
-    code, output = run("train", "--resume", folder)
-    assert code == 0, output
-    assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from tests.faults.federations import finish, record, run, start, summary, wait_for, workers_of, write_recipe
 
+ROUNDS = 24  # enough that a disturbance falls into training, not behind it
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A recipe and a finished run of it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = write_recipe(folder)
+    recipe = write_recipe(folder, rounds=ROUNDS)
     code, output = run("train", recipe, "--run", folder / "run")
     assert code == 0, output
     return recipe, folder / "run"
@@ -29,7 +31,7 @@ def killed_and_resumed(recipe: Path, folder: Path, seed: int, kills: int) -> int
     done = 0
     for _ in range(kills):
         # Aim at a round so that kills do not all fall into start-up; the moment within it is chance.
-        aim = folder / "rounds" / f"{dice.randrange(6):06d}"
+        aim = folder / "rounds" / f"{dice.randrange(ROUNDS):06d}"
         wait_for(lambda aim=aim: aim.exists() or (folder / "model").exists(), process)
         time.sleep(dice.uniform(0, 0.4))
         if process.poll() is None:
@@ -76,6 +78,8 @@ def test_a_killed_worker_is_replaced_and_its_work_repeated(undisturbed: tuple[Pa
     assert victims
     victims[0].kill()
     code, output = finish(process)
+    starts = [log.read_text().count("starting on") for log in (folder / "logs").glob("worker-*.log")]
+    assert sorted(starts) == [1, 2]
     assert code == 0, output
     assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
     assert workers_of(folder) == []
@@ -102,18 +106,18 @@ def test_a_damaged_round_is_refused_by_name_and_an_earlier_one_taken_on_request(
     folder = tmp_path / "run"
     code, output = run("train", recipe, "--run", folder)
     assert code == 0, output
-    weights = folder / "rounds" / "000006" / "model.safetensors"
+    weights = folder / "rounds" / f"{ROUNDS:06d}" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
     code, output = run("train", "--resume", folder)
     assert code == 1
-    assert "000006/model.safetensors" in output
+    assert f"{ROUNDS:06d}/model.safetensors" in output
     assert "--round N" in output
-    code, output = run("train", "--resume", folder, "--round", "5")
+    code, output = run("train", "--resume", folder, "--round", str(ROUNDS - 1))
     assert code == 0, output
     assert summary(folder)["model_sha256"] == summary(whole)["model_sha256"]
-    assert list((folder / "rounds").glob("set-aside-000006*"))
+    assert list((folder / "rounds").glob(f"set-aside-{ROUNDS:06d}*"))
 
 
 @pytest.mark.slow

@@ -163,6 +163,8 @@ def _run_to_end(run: Run, display: Display) -> Summary:
         aggregator = Aggregator(run.recipe, fabric, run.store, tracker, state)
         del model, state  # the Aggregator has its own: these would be two copies too many, for weeks
         final = aggregator.run()
+        del aggregator
+        fabric.close()  # what follows needs no node
         trained = run.build_model()
         load_weights(trained, decode_tensors(final.payload))
         _sample(run, trained, tracker, final)

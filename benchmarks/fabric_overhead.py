@@ -293,7 +293,7 @@ def node_parts(recipe: Recipe, folder: RunFolder) -> list[Row]:
     file = SiteFile.model_validate_json((folder.node(name) / SITE_FILE).read_bytes())
     site = open_site(file, folder.node(name), recipe)
     trainer = Trainer(model, recipe.node, torch.device("cpu"), recipe.total_steps)
-    node = Node(identity.run, site, trainer, recipe.node, recipe.link, recipe.evaluation.batch_size)
+    node = Node(identity.run, site, trainer, recipe)
     profile = cProfile.Profile(time.process_time)
     repeats = 2
     for number in range(repeats + 1):

@@ -173,7 +173,7 @@ class Federation:
         self.sites = sites or {silo.name: self._site(silo.name) for silo in recipe.silo}
         shared = self._trainer()
         self.nodes = {
-            name: Node(RUN, site, shared if share_trainer else self._trainer(), recipe.node, recipe.link, 4)
+            name: Node(RUN, site, shared if share_trainer else self._trainer(), recipe)
             for name, site in self.sites.items()
         }
         infos = infos or [NodeInfo(name, site.batch_size * LENGTH) for name, site in self.sites.items()]
@@ -219,9 +219,9 @@ def _handler(node: Node) -> Handler:
 
     def handle(message: bytes) -> bytes:
         try:
-            return node.handle(message, lambda progress: None)
+            return node.handle(message, lambda progress: None).joined()
         except PhotonError as error:
-            return failure_reply(message, node.site.name, f"{type(error).__name__}: {error}")
+            return failure_reply(message, node.site.name, f"{type(error).__name__}: {error}").joined()
 
     return handle
 

@@ -79,6 +79,7 @@ class Committed:
     number: int
     folder: Path
     fields: dict[str, Any]
+    sha256: Mapping[str, str]  # of each file
 
     def read(self, name: str) -> bytes:
         """The bytes of a file of this state."""
@@ -103,8 +104,8 @@ class NumberedStates:
         """Where state `number` is or would be."""
         return self.root / f"{number:0{_DIGITS}d}"
 
-    def commit(self, number: int, files: Mapping[str, Iterable[Chunk]], fields: Mapping[str, Any]) -> None:
-        """Write state `number` (replacing one of that number) and make it durable before returning.
+    def commit(self, number: int, files: Mapping[str, Iterable[Chunk]], fields: Mapping[str, Any]) -> dict[str, str]:
+        """Write state `number` (replacing one of that number), make it durable, and give the sha256 of each file.
 
         A file is given in chunks, so that what is large need never be in memory in one piece.
         """
@@ -123,9 +124,20 @@ class NumberedStates:
             final.rename(self.root / f"{_PENDING}old-{number}-{secrets.token_hex(4)}")
         pending.rename(final)
         sync_folder(self.root)
+        return {name: entry.sha256 for name, entry in entries.items()}
 
     def load(self, number: int) -> Committed:
         """State `number`, every file checked against its hash. Raises StateError naming what is damaged."""
+        folder, manifest = self.folder(number), self._manifest(number)
+        for name, expected in manifest.files.items():
+            _verify(folder / name, expected)
+        return Committed(number, folder, manifest.fields, {name: file.sha256 for name, file in manifest.files.items()})
+
+    def fields(self, number: int) -> dict[str, Any]:
+        """The fields of state `number` alone; its files are not looked at. Raises StateError if they are damaged."""
+        return self._manifest(number).fields
+
+    def _manifest(self, number: int) -> _Manifest:
         folder = self.folder(number)
         path = folder / STATE_FILE
         try:
@@ -139,9 +151,7 @@ class NumberedStates:
             raise StateError(f"{path} is damaged: its own sha256 differs.")
         if manifest.number != number:
             raise StateError(f"{path} says it is state {manifest.number}: the folder was renamed or copied.")
-        for name, expected in manifest.files.items():
-            _verify(folder / name, expected)
-        return Committed(number, folder, manifest.fields)
+        return manifest
 
     def prune(self, keep: Iterable[int]) -> None:
         """Remove every state not in `keep`, and what crashes left behind."""

@@ -33,7 +33,7 @@ class Arrival:
     """Serialised reply of the node that the fabric knows to have sent it."""
 
     node: str
-    message: bytes
+    message: bytes | Sealed
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ nobody else waits with it. It says what it learns on a queue and ends when the w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,15 +15,19 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import IO
 
 from photon.events import NodeProgress
-from photon.link.update import Sealed
+from photon.link.body import FileBody
+from photon.link.update import Sealed, Serialised
 
-# What a frame from a worker begins with. A serialised reply follows REPLY and LAST in a frame of its own.
+# What a frame from a worker begins with. A serialised reply follows REPLY and LAST.
 READY, PROGRESS, REPLY, LAST = b"S", b"P", b"R", b"L"
+# A message whose body lies in a file crosses as two frames: where the body is, and the head.
+_IN_FILE = b"F"
 _CONTROL_BYTES = 2**16
 _END_S = 5.0  # a killed process is gone at once, unless the kernel holds it
 
@@ -31,7 +36,7 @@ _END_S = 5.0  # a killed process is gone at once, unless the kernel holds it
 class Replied:
     """A serialised reply; after the `is_last` one the worker takes no more tasks."""
 
-    message: bytes
+    message: Serialised
     is_last: bool
 
 
@@ -43,6 +48,25 @@ class Ended:
 
 
 Signal = NodeProgress | Replied | Ended
+
+
+def send_message(connection: Connection, message: Sealed) -> None:
+    """Send a message; a body that lies in a file stays there, and the other end is told where."""
+    if isinstance(message.body, FileBody):
+        place = {"path": str(message.body.path), "offset": message.body.offset, "size": message.body.size}
+        connection.send_bytes(_IN_FILE + json.dumps(place).encode())
+        connection.send_bytes(message.head)
+    else:
+        connection.send_bytes(message.joined())  # one copy per worker, not per node
+
+
+def receive_message(connection: Connection, max_bytes: int | None = None) -> Serialised:
+    """What `send_message` sent. Raises OSError if it is longer than `max_bytes`, ValueError if it is malformed."""
+    frame = connection.recv_bytes(max_bytes)
+    if frame[:1] != _IN_FILE:
+        return frame
+    place = json.loads(frame[1:])
+    return Sealed(connection.recv_bytes(max_bytes), FileBody(Path(place["path"]), place["offset"], place["size"]))
 
 
 class WorkerProcess:
@@ -86,6 +110,11 @@ class WorkerProcess:
         """Whether it died without a task; while it starts or works, a signal says so instead."""
         return self.is_ready and self._process.poll() is not None
 
+    def ask_to_hand_in(self) -> None:
+        """Ask it to stop training after the step at hand and to reply with what it has."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """End it and whatever it started, now. Its commits are atomic, so there is nothing to wait for."""
         self._tasks.put(None)
@@ -109,7 +138,7 @@ class WorkerProcess:
             self._expect_ready()
             self.is_ready = True
             while (task := self._tasks.get()) is not None:
-                self._connection.send_bytes(task.joined())  # one copy per worker, not per node
+                send_message(self._connection, task)
                 del task
                 self._signals.put((self, self._reply()))
         except (EOFError, OSError, ValueError) as error:  # ValueError: a frame that is none of ours
@@ -126,7 +155,7 @@ class WorkerProcess:
         while True:
             frame = self._connection.recv_bytes(_CONTROL_BYTES)
             if frame in (REPLY, LAST):
-                return Replied(self._connection.recv_bytes(self._max_reply_bytes), frame == LAST)
+                return Replied(receive_message(self._connection, self._max_reply_bytes), frame == LAST)
             if frame[:1] != PROGRESS:
                 raise ValueError(f"it said {frame[:20]!r}")
             self._signals.put((self, NodeProgress.model_validate_json(frame[1:])))

@@ -10,6 +10,7 @@ from photon.config import Name, Recipe
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
 from photon.node.node import Site, held_out
+from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
 
 SITE_FILE = "site.json"
@@ -27,6 +28,7 @@ class SiteFile(BaseModel):
     trains: bool
     evaluates: bool
     device: str | None = None
+    keeps_replies: bool = False  # a site beyond a network may be asked again for what it has finished
 
 
 def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
@@ -40,4 +42,5 @@ def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
         stream=Stream(readers, file.weights, length, recipe.seed, file.name),
         heldout=scored,
         store=NodeStore(folder / "state", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
+        replies=ReplyStore(folder / "replies") if file.keeps_replies else None,
     )

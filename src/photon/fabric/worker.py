@@ -15,16 +15,16 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 
 from photon.config import Recipe
 from photon.errors import PhotonError
 from photon.events import NodeProgress
-from photon.fabric.process import LAST, PROGRESS, READY, REPLY
+from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
-from photon.link.update import decode_message, expect_task
+from photon.link.update import Sealed, Serialised, decode_message, expect_task
 from photon.model.build import build_model
 from photon.node.device import WorkerPlan, configure_process
 from photon.node.node import Node, failure_reply
@@ -45,23 +45,17 @@ class Worker:
         model = build_model(self.recipe.model, self.identity.vocab_size, length, self.recipe.seed)
         self.trainer = Trainer(model, self.recipe.node, torch.device(plan.device), self.recipe.total_steps)
         self.nodes: dict[str, Node] = {}
+        self.leaving = Event()  # set by SIGTERM: hand in what there is
 
     def node(self, name: str) -> Node:
         """The virtual node of that name, opened on first use."""
         if name not in self.nodes:
             folder = self.run.node(name)
             site = open_site(SiteFile.model_validate_json((folder / SITE_FILE).read_bytes()), folder, self.recipe)
-            self.nodes[name] = Node(
-                self.identity.run,
-                site,
-                self.trainer,
-                self.recipe.node,
-                self.recipe.link,
-                self.recipe.evaluation.batch_size,
-            )
+            self.nodes[name] = Node(self.identity.run, site, self.trainer, self.recipe, self.leaving.is_set)
         return self.nodes[name]
 
-    def answer(self, data: bytes, connection: Connection) -> tuple[bytes, bytes]:
+    def answer(self, data: Serialised, connection: Connection) -> tuple[bytes, Sealed]:
         """(REPLY or LAST, the reply to a task). A node that fails says so.
 
         Errors of ours leave the worker as good as it was: every task brings its own weights and state. After any
@@ -92,9 +86,9 @@ def serve(connection: Connection, worker: Worker) -> None:
         connection.send_bytes(READY)
         kind = REPLY
         while kind == REPLY:
-            kind, reply = worker.answer(connection.recv_bytes(), connection)
+            kind, reply = worker.answer(receive_message(connection), connection)
             connection.send_bytes(kind)
-            connection.send_bytes(reply)
+            send_message(connection, reply)
             del reply  # an update is model-sized: not kept until the next one
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the Aggregator's process is gone: nothing is left to do
@@ -130,7 +124,9 @@ def main() -> None:
     end_with(arguments.socket)
     plan = WorkerPlan(arguments.device, arguments.threads)
     configure_process(plan)
-    serve(Connection(arguments.socket), Worker(RunFolder(arguments.run), plan))
+    worker = Worker(RunFolder(arguments.run), plan)
+    signal.signal(signal.SIGTERM, lambda *_: worker.leaving.set())
+    serve(Connection(arguments.socket), worker)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from photon.errors import WireError
+from photon.link.body import Body, pieces, read_body
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 1_000_000
@@ -75,19 +76,19 @@ def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]
             yield flat.view(torch.uint8).numpy().data
 
 
-def read_specs(data: memoryview) -> tuple[int, list[TensorSpec]]:
+def read_specs(data: Body) -> tuple[int, list[TensorSpec]]:
     """Header of a safetensors buffer: (where the data begins, specs in the order of their bytes).
 
     Raises WireError unless the tensors tile the rest of the buffer exactly, without gap or overlap.
     """
     if len(data) < _HEADER_LENGTH_BYTES:
         raise WireError(f"tensor payload of {len(data)} bytes is too short for a safetensors header")
-    header_bytes = int.from_bytes(data[:_HEADER_LENGTH_BYTES], "little")
+    header_bytes = int.from_bytes(read_body(data, 0, _HEADER_LENGTH_BYTES), "little")
     start = _HEADER_LENGTH_BYTES + header_bytes
     if header_bytes > MAX_HEADER_BYTES or start > len(data):
         raise WireError(f"safetensors header declares {header_bytes} bytes; the payload has {len(data)}")
     try:
-        header = json.loads(bytes(data[_HEADER_LENGTH_BYTES:start]), object_pairs_hook=_no_twins)
+        header = json.loads(bytes(read_body(data, _HEADER_LENGTH_BYTES, start)), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
         raise WireError(f"safetensors header is not JSON: {error}") from error
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
@@ -106,25 +107,28 @@ def read_specs(data: memoryview) -> tuple[int, list[TensorSpec]]:
     return start, specs
 
 
-def iterate_tensors(data: bytes | bytearray | memoryview) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(data: Body) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, CPU tensor) in the order of the bytes; a tensor is a read-only view where alignment allows.
 
-    Callers must not write into the tensors. Raises WireError on a malformed buffer, before the first yield.
+    Of a body in a file one tensor is in memory at a time. Callers must not write into the tensors. Raises WireError on
+    a malformed buffer, before the first yield.
     """
-    view = memoryview(data).cast("B")
-    start, specs = read_specs(view)
+    start, specs = read_specs(data)
     for spec in specs:
-        yield spec.name, _view(view, start, spec)
+        yield spec.name, _view(read_body(data, start + spec.begin, start + spec.end), spec)
 
 
-def decode_tensors(data: bytes | bytearray | memoryview) -> dict[str, Tensor]:
+def decode_tensors(data: Body) -> dict[str, Tensor]:
     """All tensors of a buffer as a dict; see `iterate_tensors`."""
     return dict(iterate_tensors(data))
 
 
-def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+def sha256_hex(data: Body) -> str:
     """The identity of a payload: sha256 of its bytes, in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in pieces(data):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,12 +157,12 @@ def _naturals(values: object) -> bool:
     return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 2**62 for v in values)
 
 
-def _view(data: memoryview, start: int, spec: TensorSpec) -> Tensor:
+def _view(data: memoryview, spec: TensorSpec) -> Tensor:
     if spec.begin == spec.end:
         return torch.empty(spec.shape, dtype=spec.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "buffer is not writable": our callers only read
-        raw = torch.frombuffer(data[start + spec.begin : start + spec.end], dtype=torch.uint8)
+        raw = torch.frombuffer(data, dtype=torch.uint8)
     if raw.data_ptr() % spec.dtype.itemsize:
         raw = raw.clone()  # a hostile or foreign sender's padding: an unaligned view would be undefined behaviour
     return raw.view(spec.dtype).view(spec.shape)

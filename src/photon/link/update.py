@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon.config import Name
 from photon.errors import WireError
+from photon.link.body import Body, FileBody
 
 MAGIC = b"PHTN"
 VERSION = 1
@@ -91,25 +92,32 @@ class Reply(_Header):
 
 @dataclass(frozen=True)
 class Message:
-    """A parsed message; `body` is a view of the received buffer, not a copy."""
+    """A parsed message; `body` is a view of the received buffer, or still in the file that it arrived in."""
 
     header: Task | Reply
-    body: memoryview
+    body: memoryview | FileBody
 
 
 @dataclass(frozen=True)
 class Sealed:
-    """A serialised message not yet joined, so that tasks to many nodes share one body; `len` is its bytes."""
+    """A serialised message whose body lies elsewhere: tasks to many nodes share one, a large one stays in its file.
+
+    `len` is the bytes of the whole message.
+    """
 
     head: bytes
-    body: bytes | bytearray | memoryview
+    body: Body
 
     def __len__(self) -> int:
         return len(self.head) + len(self.body)
 
     def joined(self) -> bytes:
-        """The message in one piece."""
-        return b"".join((self.head, self.body))
+        """The message in one piece, in memory."""
+        body = self.body.read(0, len(self.body)) if isinstance(self.body, FileBody) else self.body
+        return b"".join((self.head, body))
+
+
+Serialised = bytes | bytearray | memoryview | Sealed
 
 
 def encode_message(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> bytes:
@@ -117,7 +125,7 @@ def encode_message(header: Task | Reply, body: bytes | bytearray | memoryview = 
     return seal(header, body).joined()
 
 
-def seal(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> Sealed:
+def seal(header: Task | Reply, body: Body = b"") -> Sealed:
     """Serialise a message without copying its body. Raises WireError if the header is too long."""
     text = header.model_dump_json().encode()
     # JSON may end in spaces: pad, so that the tensors in the body can be viewed in place.
@@ -127,9 +135,10 @@ def seal(header: Task | Reply, body: bytes | bytearray | memoryview = b"") -> Se
     return Sealed(b"".join((MAGIC, bytes([VERSION]), len(text).to_bytes(4, "little"), text)), body)
 
 
-def decode_message(data: bytes | bytearray | memoryview) -> Message:
+def decode_message(data: Serialised) -> Message:
     """Parse a message. Raises WireError on anything malformed; allocates no more than the header's size."""
-    view = memoryview(data).cast("B")
+    head = data.head if isinstance(data, Sealed) else data
+    view = memoryview(head).cast("B")
     if len(view) < _PREFIX_BYTES or view[: len(MAGIC)] != MAGIC:
         raise WireError("not a Photon message: the first bytes are not 'PHTN'")
     if view[len(MAGIC)] != VERSION:
@@ -139,15 +148,22 @@ def decode_message(data: bytes | bytearray | memoryview) -> Message:
     length = int.from_bytes(view[len(MAGIC) + 1 : _PREFIX_BYTES], "little")
     if length > MAX_HEADER_BYTES or _PREFIX_BYTES + length > len(view):
         raise WireError(f"header declares {length} bytes; the message has {len(view)}")
-    text = bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])
+    header, rest = _parse_header(bytes(view[_PREFIX_BYTES : _PREFIX_BYTES + length])), view[_PREFIX_BYTES + length :]
+    if not isinstance(data, Sealed):
+        return Message(header, rest)
+    if rest:
+        raise WireError(f"{len(rest)} bytes stand between the header and the body")
+    return Message(header, data.body if isinstance(data.body, FileBody) else memoryview(data.body).cast("B"))
+
+
+def _parse_header(text: bytes) -> Task | Reply:
     kind: type[Task | Reply] = Task if b'"kind":"task"' in text else Reply
     try:
-        header = kind.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "header"
         raise WireError(f"malformed {kind.__name__.lower()} header: {place}: {first['msg']}") from None
-    return Message(header, view[_PREFIX_BYTES + length :])
 
 
 def expect_task(message: Message) -> Task:

@@ -1,4 +1,4 @@
-"""LLM Node: answers one task at a time with serialised bytes. Between tasks everything it knows is on its disk."""
+"""LLM Node: answers one task at a time, serialised messages both ways. Between tasks everything it knows is on its disk."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon.config import LinkConfig, NodeConfig
+from photon.config import Recipe
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
 from photon.errors import WireError
 from photon.events import NodeProgress
 from photon.link.codecs import CODECS
-from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
+from photon.link.body import Body
+from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex, tensor_chunks
 from photon.link.update import (
+    EMPTY_SHA256,
     EvaluationReport,
     Reply,
+    Sealed,
+    Serialised,
     Task,
     TrainingReport,
     decode_message,
-    encode_message,
     expect_task,
+    seal,
 )
 from photon.model.build import load_weights, named_weights
 from photon.node.optimizers import import_state, state_views
+from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
 
@@ -50,6 +55,7 @@ class Site:
     stream: Stream
     heldout: Sequence[HeldOut]
     store: NodeStore
+    replies: ReplyStore | None = None  # where a site keeps its last reply; virtual nodes keep none
 
 
 def held_out(reader: ShardReader, sequence_length: int, max_sequences: int) -> HeldOut:
@@ -76,16 +82,34 @@ def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> Evalua
     )
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What local training led to, committed and ready to be handed in."""
+
+    training: TrainingReport
+    body: Body
+    body_sha256: str
+
+
 class Node:
-    """One owner's training site. Virtual nodes of one device share `trainer`; nothing else is shared."""
+    """One owner's training site. Virtual nodes of one device share `trainer`; nothing else is shared.
+
+    `leaving` becomes true when the owner wants the site back: training then stops after the step at hand, and what was
+    done is handed in.
+    """
 
     def __init__(
-        self, run: str, site: Site, trainer: Trainer, node: NodeConfig, link: LinkConfig, evaluation_batch_size: int
+        self,
+        run: str,
+        site: Site,
+        trainer: Trainer,
+        recipe: Recipe,
+        leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.run, self.site, self.trainer = run, site, trainer
-        self.config, self.link, self.evaluation_batch_size = node, link, evaluation_batch_size
+        self.run, self.site, self.trainer, self.leaving = run, site, trainer, leaving
+        self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
 
-    def handle(self, data: bytes, on_progress: Callable[[NodeProgress], None]) -> bytes:
+    def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
         """Answer a serialised task. Raises WireError if it is not one for this node and run."""
         received = time.monotonic()
         message = decode_message(data)
@@ -96,6 +120,11 @@ class Node:
             )
         if sha256_hex(message.body) != task.base_sha256:
             raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
+        stored = self.site.replies.find(task) if self.site.replies and task.tau else None
+        if stored is not None and self._led_to(task.round, stored.position_after):
+            if stored.evaluation is not None or not task.evaluate:
+                evaluation = stored.evaluation if task.evaluate else None
+                return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), evaluation)
         base = decode_tensors(message.body)
         load_weights(self.trainer.model, base)
         evaluation = None
@@ -103,14 +132,25 @@ class Node:
             on_progress(NodeProgress(node=task.node, round=task.round, state="evaluating"))
             evaluation = score(self.trainer, self.site.heldout, self.evaluation_batch_size)
         if task.tau == 0:
-            return self._reply(task, None, evaluation, b"")
-        training, body = self._train(task, base, received + task.deadline_s, on_progress)
-        return self._reply(task, training, evaluation, body)
+            return self._reply(task, None, evaluation)
+        outcome = self._train(task, base, evaluation, received + task.deadline_s, on_progress)
+        return self._reply(task, outcome, evaluation)
+
+    def _led_to(self, round_index: int, position: int) -> bool:
+        """Whether the state after that round was committed too, with this place in the data."""
+        return self.site.store.position_of(round_index + 1) == position
 
     def _train(
-        self, task: Task, base: dict[str, Tensor], deadline: float, on_progress: Callable[[NodeProgress], None]
-    ) -> tuple[TrainingReport, bytes]:
+        self,
+        task: Task,
+        base: dict[str, Tensor],
+        evaluation: EvaluationReport | None,
+        deadline: float,
+        on_progress: Callable[[NodeProgress], None],
+    ) -> _Outcome:
         """tau local steps from the base on this node's own stream; commit own state; give the update."""
+        # The Aggregator may have gone back to an earlier round: states of a later one belong to what was undone.
+        self.site.store.set_aside(task.round + 1)
         state = self.site.store.load(self.run, self.site.name, task.round)
         keep = self.config.optimizer_state == "keep"
         import_state(self.trainer.optimizer, self.trainer.model, state.optimizer if keep else {})
@@ -120,7 +160,8 @@ class Node:
             on_progress(
                 NodeProgress(node=task.node, round=task.round, state="training", step=step, steps=task.tau, loss=loss)
             )
-            return time.monotonic() < deadline  # late: hand in what there is, weighted by its tokens
+            # Late, or leaving: hand in what there is, weighted by its tokens.
+            return time.monotonic() < deadline and not self.leaving()
 
         local = self.trainer.train(
             self.site.stream, state.position, self.site.batch_size, task.tau, task.sequential_step, on_step
@@ -144,12 +185,26 @@ class Node:
             seconds=local.seconds,
             epoch=self.site.stream.epoch(after.position),
         )
-        body = encode_tensors(self._update(base))
+        outcome = self._outcome(task, report, evaluation, after.position, self._update(base))
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
         self.site.store.commit(after, task.round + 1)
         on_progress(NodeProgress(node=task.node, round=task.round, state="sending", step=local.steps, steps=task.tau))
-        return report, body
+        return outcome
+
+    def _outcome(
+        self,
+        task: Task,
+        report: TrainingReport,
+        evaluation: EvaluationReport | None,
+        position: int,
+        update: dict[str, Tensor],
+    ) -> _Outcome:
+        if self.site.replies is None:
+            body = encode_tensors(update)
+            return _Outcome(report, body, sha256_hex(body))
+        stored = self.site.replies.commit(task, report, evaluation, self.link.up, position, tensor_chunks(update))
+        return _Outcome(report, stored.body, stored.body_sha256)
 
     @torch.no_grad()
     def _update(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,9 +220,8 @@ class Node:
         codec = CODECS[self.link.up]
         return {name: codec.encode(delta).cpu() for name, delta in update.items()}
 
-    def _reply(
-        self, task: Task, training: TrainingReport | None, evaluation: EvaluationReport | None, body: bytes
-    ) -> bytes:
+    def _reply(self, task: Task, outcome: _Outcome | None, evaluation: EvaluationReport | None) -> Sealed:
+        body: Body = outcome.body if outcome else b""
         header = Reply(
             run=task.run,
             round=task.round,
@@ -176,17 +230,17 @@ class Node:
             base_sha256=task.base_sha256,
             status="ok",
             codec=self.link.up,
-            body_sha256=sha256_hex(body),
-            training=training,
+            body_sha256=outcome.body_sha256 if outcome else EMPTY_SHA256,
+            training=outcome.training if outcome else None,
             evaluation=evaluation,
         )
-        return encode_message(header, body)
+        return seal(header, body)
 
 
-def failure_reply(data: bytes, node: str, error: str) -> bytes:
+def failure_reply(data: Serialised, node: str, error: str) -> Sealed:
     """The answer of a node that cannot do a task; `data` is the task. Raises WireError if even that is unreadable."""
     task = expect_task(decode_message(data))
-    return encode_message(
+    return seal(
         Reply(
             run=task.run,
             round=task.round,

@@ -79,6 +79,13 @@ class NodeStore:
         needed = {max((number for number in numbers if number <= wanted), default=ready_for) for wanted in rounds}
         self._states.prune(needed | {ready_for} | {number for number in numbers if number > ready_for})
 
+    def position_of(self, ready_for: int) -> int | None:
+        """The place in the data of the state filed under exactly this round; None if there is none."""
+        if ready_for not in self._states.numbers():
+            return None
+        position = self._states.fields(ready_for).get("position")
+        return position if isinstance(position, int) else None
+
     def set_aside(self, after: int) -> None:
         """Put away states of rounds later than `after`, where the run goes on: they belong to what was undone."""
         self._states.set_aside(after)

@@ -1,0 +1,90 @@
+"""The last reply of a node, on its own disk: asked for the same work again, it hands in the same update untrained.
+
+An Aggregator that crashed, or a network that lost a reply, asks again with another nonce. What makes two tasks the same
+work is the round, the base, the place in the schedule and the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from photon.durable import Chunk, NumberedStates
+from photon.errors import StateError
+from photon.link.body import FileBody, whole_file
+from photon.link.update import EvaluationReport, Task, TrainingReport
+
+UPDATE_FILE = "update.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredReply:
+    """A finished piece of work: its reports, its update in a file, and the place in the data that it led to."""
+
+    training: TrainingReport
+    evaluation: EvaluationReport | None
+    codec: str
+    position_after: int
+    body: FileBody
+    body_sha256: str
+
+
+class ReplyStore:
+    """`nodes/<name>/replies`: one reply, that of the newest finished task."""
+
+    def __init__(self, folder: Path) -> None:
+        self._states = NumberedStates(folder)
+
+    def commit(
+        self,
+        task: Task,
+        training: TrainingReport,
+        evaluation: EvaluationReport | None,
+        codec: str,
+        position_after: int,
+        update: Iterable[Chunk],
+    ) -> StoredReply:
+        """Make a reply durable before the state that goes with it; replaces the one before."""
+        fields = {
+            "work": _work(task),
+            "training": training.model_dump(),
+            "evaluation": evaluation.model_dump() if evaluation else None,
+            "codec": codec,
+            "position_after": position_after,
+        }
+        hashes = self._states.commit(task.round, {UPDATE_FILE: update}, fields)
+        self._states.prune({task.round})
+        body = whole_file(self._states.folder(task.round) / UPDATE_FILE)
+        return StoredReply(training, evaluation, codec, position_after, body, hashes[UPDATE_FILE])
+
+    def find(self, task: Task) -> StoredReply | None:
+        """The reply to this very work, if it was finished; a damaged one counts as none, since it can be made again."""
+        if task.round not in self._states.numbers():
+            return None
+        try:
+            committed = self._states.load(task.round)
+            fields = committed.fields
+            if fields["work"] != _work(task):
+                return None
+            evaluation = fields["evaluation"]
+            return StoredReply(
+                TrainingReport.model_validate(fields["training"]),
+                EvaluationReport.model_validate(evaluation) if evaluation else None,
+                fields["codec"],
+                fields["position_after"],
+                whole_file(committed.folder / UPDATE_FILE),
+                committed.sha256[UPDATE_FILE],
+            )
+        except (StateError, ValueError, KeyError):
+            return None
+
+
+def _work(task: Task) -> dict[str, object]:
+    return {
+        "run": task.run,
+        "node": task.node,
+        "base_sha256": task.base_sha256,
+        "sequential_step": task.sequential_step,
+        "tau": task.tau,
+    }

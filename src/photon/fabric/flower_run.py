@@ -1,0 +1,168 @@
+"""One run of Flower, driven by the Aggregator itself: what a ServerApp process would be beside the SuperLink.
+
+No app is fetched, unpacked or run: the bundle that Flower asks for when a run starts holds one pyproject.toml that
+names no code, and nodes never ask for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from photon.fabric import flwr_internals as flower
+from photon.fabric.flwr_internals import CALL_TIMEOUT_S, Content, FlowerDownError, failures
+
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_SERVERAPP = "flwr-serverapp"
+# Flower wants an app to start a run. This one has no code and asks for none; nodes of Photon never fetch it.
+_APP = """[project]
+name = "photon"
+version = "1.0.0"
+description = "Photon's control messages; the code is the installed package"
+license = { text = "Apache-2.0" }
+dependencies = []
+[tool.flwr.app]
+publisher = "photon"
+[tool.flwr.app.components]
+serverapp = "photon:none"
+clientapp = "photon:none"
+[tool.flwr.app.config]
+"""
+
+
+@dataclass(frozen=True)
+class FlowerNode:
+    """A node as the SuperLink knows it. `activated_at` changes when the node was started anew or came back."""
+
+    node_id: int
+    key: bytes
+    activated_at: str
+    is_online: bool
+
+
+@dataclass(frozen=True)
+class FlowerReply:
+    """The answer to a message: content, or the reason why there is none."""
+
+    message_id: str
+    node_id: int
+    content: Content | None
+    error: str = ""
+
+
+class FlowerRun:
+    """One run of Flower, driven from this process. Everything here fails fast with FlowerDownError."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        """Start a run at the SuperLink on `address` (host:port) and take its only task."""
+        self._node = flower.Node(node_id=flower.SUPERLINK_NODE_ID)
+        with failures("start a run"):
+            self.run_id = _start_run(address)
+            self._client = flower.RuntimeHttpClient(
+                f"http://{address}",
+                interceptors=[
+                    flower.RuntimeVersionHttpInterceptor(component_name=_SERVERAPP),
+                    flower.RuntimeTokenHttpInterceptor(token=_acquire(address, secret)),
+                ],
+                timeout=CALL_TIMEOUT_S,
+            )
+            self._client.PullTaskInput(flower.PullTaskInputRequest())
+
+    def heartbeat(self) -> None:
+        """Say that the run goes on; wanted at least every 30 seconds."""
+        with failures("send a heartbeat"):
+            if not self._client.SendTaskHeartbeat(flower.SendTaskHeartbeatRequest()).success:
+                raise FlowerDownError("the SuperLink has given this run up", status=403)
+
+    def nodes(self) -> list[FlowerNode]:
+        """Every node that the SuperLink holds for online."""
+        with failures("list the nodes"):
+            found = self._client.GetNodes(flower.GetNodesRequest()).nodes
+        return [FlowerNode(n.node_id, bytes(n.public_key), n.last_activated_at, n.status == "online") for n in found]
+
+    def push(self, node_id: int, content: Content, ttl_s: float) -> str:
+        """Send a message to a node; its id."""
+        ours = flower.SUPERLINK_NODE_ID
+        metadata = flower.Metadata(self.run_id, "", ours, node_id, "", "", time.time(), ttl_s, flower.MESSAGE_TYPE)
+        with failures("send a message"), flower.no_object_id_recompute():
+            message = flower.new_message(metadata, content)
+            response = self._client.PushMessages(
+                flower.PushAppMessagesRequest(
+                    messages_list=[flower.message_to_proto(flower.remove_content_from_message(message))],
+                    message_object_trees=[flower.get_object_tree(message)],
+                )
+            )
+            if not response.message_ids or not response.message_ids[0]:
+                raise FlowerDownError(f"the SuperLink took no message for node {node_id}: it is not there", status=404)
+            push = flower.make_push_object_fn_protobuf(
+                self._client.PushObject, self._node, self.run_id, response.session_id
+            )
+            wanted = set(response.objects_to_push)
+            flower.push_objects(flower.get_all_nested_objects(message), push, object_ids_to_push=wanted)
+        return str(response.message_ids[0])
+
+    def pull(self, message_ids: Iterable[str]) -> list[FlowerReply]:
+        """The answers that are there to these messages."""
+        with failures("fetch replies"):
+            response = self._client.PullMessages(flower.PullAppMessagesRequest(message_ids=list(message_ids)))
+            trees = zip(response.messages_list, response.message_object_trees, strict=True)
+            return [self._pull_one(flower.message_from_proto(proto), tree) for proto, tree in trees]
+
+    def close(self) -> None:
+        """End the run, as far as that can be said to anybody."""
+        with suppress(FlowerDownError), failures("end the run"):  # a SuperLink that is gone has no run to end
+            self._client.PushTaskOutput(flower.PushTaskOutputRequest(sub_status="completed", details=""))
+        self._client.close()
+
+    def _pull_one(self, bare: flower.Message, tree: flower.ObjectTree) -> FlowerReply:
+        message_id, asked, node_id = (
+            bare.metadata.message_id,
+            bare.metadata.reply_to_message_id,
+            bare.metadata.src_node_id,
+        )
+        if bare.has_error():
+            return FlowerReply(asked, node_id, None, f"code {bare.error.code}: {bare.error.reason}")
+        pull = flower.make_pull_object_fn_protobuf(self._client.PullObject, self._node, self.run_id)
+        try:
+            content = flower.fetch_content(message_id, tree, pull)
+        except ValueError as error:
+            return FlowerReply(asked, node_id, None, str(error))
+        self._client.ConfirmMessageReceived(
+            flower.ConfirmMessageReceivedRequest(node=self._node, run_id=self.run_id, message_object_id=message_id)
+        )
+        return FlowerReply(asked, node_id, content)
+
+
+def _start_run(address: str) -> int:
+    app, _ = flower.build_fab_from_files({"pyproject.toml": _APP.encode()})
+    control = flower.ControlHttpClient(
+        f"http://{address}",
+        interceptors=[flower.RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        timeout=CALL_TIMEOUT_S,
+    )
+    with control:
+        fab = flower.fab_to_proto(flower.Fab(hashlib.sha256(app).hexdigest(), app, {}))
+        return int(control.StartRun(flower.StartRunRequest(fab=fab)).run_id)
+
+
+def _acquire(address: str, secret: bytes) -> str:
+    """The token of the run's task, within `CALL_TIMEOUT_S`."""
+    client = flower.RuntimeHttpClient(
+        f"http://{address}",
+        interceptors=[
+            flower.RuntimeVersionHttpInterceptor(component_name="SuperExec"),
+            flower.SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}),
+        ],
+        timeout=CALL_TIMEOUT_S,
+    )
+    with client:
+        end = time.monotonic() + CALL_TIMEOUT_S
+        while time.monotonic() < end:
+            response = client.AcquireTask(flower.AcquireTaskRequest(supported_task_types=[_SERVERAPP]))
+            if response.HasField("task") and response.token:
+                return str(response.token)
+            time.sleep(0.1)
+    raise FlowerDownError("the SuperLink gave out no task for the run that was just started")

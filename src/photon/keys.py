@@ -1,0 +1,341 @@
+"""Who is who between machines: a small certificate authority, identities of one file, and TLS that asks for them.
+
+The Aggregator's operator holds a folder with the authority; every owner gets one file with its private key, its
+certificate and the authority's certificate. The name in the certificate is the node's identity: no message can claim
+another. Both sides speak TLS 1.3 and trust this authority alone, never the certificates of the operating system.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import ssl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from photon import certificates
+from photon.certificates import AnyRole, Bundle, Pair, Role, checked_name, load_bundle, read_file, write_private
+from photon.config import Name
+from photon.errors import InputError, PhotonError, StateError
+
+DEFAULT_HOSTS = ("localhost", "127.0.0.1")
+AUTHORITY_DAYS = 1825
+NODE_DAYS = 365
+MAX_DAYS = 7300
+RESERVED_NAMES = ("aggregator", "ca", "operator")  # their files are in the folder already
+AGGREGATOR_FILE = "aggregator.pem"
+OPERATOR_FILE = "operator.key"
+REVOKED_FILE = "revoked.txt"
+_CA_KEY, _CA_CERTIFICATE, _ISSUED_FILE = "ca.key", "ca.crt", "issued.jsonl"
+_LOCK_DEADLINE_S = 10.0
+_SERIAL = re.compile(r"[1-9a-f][0-9a-f]{0,39}")  # any other spelling would never match: it is refused, not skipped
+
+
+class AuthenticationError(PhotonError):
+    """Whoever is on the other end of a connection did not show an identity that counts."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a certificate says its holder is. `serial` is lower-case hex without leading zeros."""
+
+    name: str
+    role: Role
+    serial: str
+
+
+class Issued(BaseModel):
+    """One certificate the authority made. A name may have several: renewed, or revoked and issued again."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: Name
+    role: AnyRole
+    serial: str = Field(pattern=r"^[0-9a-f]{1,40}$")
+    not_after: AwareDatetime
+    revoked: bool = Field(False, exclude=True)  # filled in from revoked.txt, never stored here
+
+
+def create_authority(folder: Path, hosts: Sequence[str] = DEFAULT_HOSTS, days: int = AUTHORITY_DAYS) -> None:
+    """Fill `folder` (new or empty; mode 0700) with an authority, the Aggregator's certificate and an operator's bundle.
+
+    `hosts` are the DNS names and IP addresses under which nodes will reach the Aggregator. Raises InputError.
+    """
+    if not hosts:
+        raise InputError("give at least one host name or IP address under which nodes reach the Aggregator.")
+    names = [certificates.subject_alternative(host) for host in hosts]
+    not_after = certificates.now() + _length(days)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty, and keys are never overwritten: name a new folder.")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used for keys: {error.strerror}.") from None
+    ca = certificates.make_authority(not_after)
+    write_private(folder / REVOKED_FILE, b"")
+    write_private(folder / _ISSUED_FILE, b"")
+    server = certificates.make_certificate(ca, "aggregator", "aggregator", not_after, names)
+    _issue(folder, ca, server, folder / AGGREGATOR_FILE)
+    _issue(folder, ca, certificates.make_certificate(ca, "operator", "operator", not_after), folder / OPERATOR_FILE)
+    certificates.write_authority(ca, folder / _CA_KEY, folder / _CA_CERTIFICATE)
+
+
+def issue_node(folder: Path, name: str, days: int | None = None, out: Path | None = None) -> Path:
+    """Write the bundle of node `name` to `out` (default DIR/NAME.key; mode 0600) and return where it is.
+
+    `days` defaults to a year, or to the authority's last day if that is earlier. A file is only replaced if it is a
+    revoked or expired bundle of the same name. Raises InputError, StateError.
+    """
+    path = folder / f"{_node_name(name)}.key" if out is None else out
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder: make it, or name another place with --out.")
+    with _locked(folder):
+        entries = issued(folder)
+        ca = certificates.load_authority(folder / _CA_KEY, folder / _CA_CERTIFICATE)
+        not_after = _node_end(folder, ca, days)
+        replace = os.path.lexists(path)
+        if replace and not _is_dead(path, name, entries):
+            raise InputError(
+                f"{path} exists and is not overwritten. Name another file with --out, or remove it; "
+                f"if others may have it, photon keys revoke {name} {folder} comes first."
+            )
+        _issue(folder, ca, certificates.make_certificate(ca, "node", name, not_after), path, replace=replace)
+    return path
+
+
+def revoke(folder: Path, name: str) -> list[str]:
+    """Refuse every certificate issued to `name` so far; gives the serials that were not refused before.
+
+    Raises InputError if `name` has none or is the Aggregator, StateError if the folder is damaged.
+    """
+    with _locked(folder):
+        entries = issued(folder)
+        if name == "aggregator":
+            raise InputError(
+                "the Aggregator's own certificate cannot be revoked: nodes trust what the authority signed. "
+                "Make a new authority with photon keys init, and hand out new keys."
+            )
+        if not any(one.name == name for one in entries):
+            known = ", ".join(sorted({one.name for one in entries} - {"aggregator"}))
+            raise InputError(f"{folder} has issued no certificate to {name!r}; it has to: {known}.")
+        serials = [one.serial for one in entries if one.name == name and not one.revoked]
+        if serials:
+            path, when = folder / REVOKED_FILE, certificates.now().isoformat()
+            lines = "".join(f"{serial} {name} {when}\n" for serial in serials)
+            write_private(path, read_file(path) + lines.encode(), replace=True)
+    return serials
+
+
+def issued(folder: Path) -> list[Issued]:
+    """Every certificate the authority in `folder` made, oldest first. Raises InputError, StateError."""
+    path, revocations = folder / _ISSUED_FILE, Revocations(folder)
+    if not path.is_file():
+        raise InputError(f"{folder} is no folder of keys; photon keys init {folder} makes one.")
+    found = []
+    for number, line in enumerate(read_file(path).splitlines(), start=1):
+        try:
+            one = Issued.model_validate_json(line)
+        except ValidationError:
+            raise StateError(f"{path}, line {number} is damaged: restore the file from a copy.") from None
+        found.append(one.model_copy(update={"revoked": revocations.is_revoked(one.serial)}))
+    return found
+
+
+def server_context(folder: Path) -> ssl.SSLContext:
+    """The Aggregator's side: TLS 1.3 only, and a client must show a certificate of our authority.
+
+    Who it is, `peer_identity` says; whether it still counts, `Revocations`. Raises InputError if the Aggregator's
+    certificate is missing, damaged, expired or readable by others.
+    """
+    path = folder / AGGREGATOR_FILE
+    bundle = load_bundle(path)
+    if bundle.role != "aggregator":
+        raise InputError(f"{path} is not the certificate of an Aggregator but of a {bundle.role}.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # a resumed session would not look at the client's certificate again
+    return _harden(context, path, bundle)
+
+
+def client_context(bundle: Path) -> ssl.SSLContext:
+    """An owner's or operator's side: TLS 1.3 only, trusts only the authority in `bundle`, and checks the host's name.
+
+    Raises InputError if the bundle is missing, damaged, expired, readable by others, or the Aggregator's own.
+    """
+    loaded = load_bundle(bundle)
+    _identity(bundle, loaded)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # this protocol checks the host's name
+    context.hostname_checks_common_name = False
+    return _harden(context, bundle, loaded)
+
+
+def bundle_identity(bundle: Path) -> Identity:
+    """Whose bundle this is. Raises InputError, as `client_context` does except for one that expired."""
+    return _identity(bundle, load_bundle(bundle))
+
+
+def peer_identity(peercert: Mapping[str, object] | None) -> Identity:
+    """Who is at the other end of a connection, from `SSLSocket.getpeercert()` on the Aggregator's side.
+
+    Ask on every request: a certificate may expire while its connection stays open. Whether it was revoked, ask
+    `Revocations`. Raises AuthenticationError for anything that is not the unexpired certificate of a node or operator.
+    """
+    if not peercert:
+        raise AuthenticationError("the client showed no certificate: it needs a key made by photon keys node.")
+    try:
+        subject = peercert["subject"]
+        if not isinstance(subject, tuple):
+            raise TypeError
+        role, name = certificates.role_and_name([pair for group in subject for pair in group])
+        serial = f"{int(str(peercert['serialNumber']), 16):x}"
+        not_after = ssl.cert_time_to_seconds(str(peercert["notAfter"]))
+    except (KeyError, TypeError, ValueError):
+        raise AuthenticationError("the client's certificate is not one of Photon's identities.") from None
+    if role == "aggregator":
+        raise AuthenticationError("the client shows the Aggregator's own certificate, which is no identity of a node.")
+    if not_after <= certificates.now().timestamp():
+        raise AuthenticationError(f"the certificate of {name} has expired: make a new one with photon keys node.")
+    return Identity(name, role, serial)
+
+
+class Revocations:
+    """The list of refused certificates, read again whenever the file changed: a revocation holds at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / REVOKED_FILE
+        self._read: tuple[tuple[int, ...], frozenset[str]] | None = None
+
+    def is_revoked(self, serial: str) -> bool:
+        """Whether this certificate is refused. Raises StateError if the list is damaged: then nobody is admitted."""
+        try:
+            stamp = _stamp(self._path.stat())
+            if self._read is None or self._read[0] != stamp:
+                with self._path.open("rb") as file:
+                    stamp = _stamp(os.fstat(file.fileno()))
+                    self._read = stamp, frozenset(self._parse(file.read()))
+        except OSError as error:
+            raise StateError(
+                f"{self._path} cannot be read ({error.strerror}): nobody is admitted until it can."
+            ) from None
+        return serial.lower().lstrip("0") in self._read[1]
+
+    def _parse(self, data: bytes) -> Iterator[str]:
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
+            words = line.split(" ")
+            try:
+                serial, name, when = words
+                checked_name(name)
+                datetime.fromisoformat(when)
+            except ValueError:
+                serial = ""
+            if not _SERIAL.fullmatch(serial):
+                raise StateError(
+                    f"{self._path}, line {number} is not `serial name date`: nobody is admitted until it is mended."
+                )
+            yield serial
+
+
+def _identity(path: Path, bundle: Bundle) -> Identity:
+    if bundle.role == "aggregator":
+        raise InputError(f"{path} is the Aggregator's own: a node or operator needs a key of its own.")
+    return Identity(bundle.name, bundle.role, bundle.serial)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _node_name(name: str) -> str:
+    try:
+        checked_name(name)
+    except ValueError:
+        raise InputError(
+            f"{name!r} cannot be the name of a node: letters, digits, `_`, `.` and `-`, at most 64, "
+            "and the first a letter or digit."
+        ) from None
+    if name.lower() in RESERVED_NAMES:
+        raise InputError(f"{name} cannot be the name of a node; these are taken: {', '.join(RESERVED_NAMES)}.")
+    return name
+
+
+def _length(days: int) -> timedelta:
+    if not 1 <= days <= MAX_DAYS:
+        raise InputError(f"{days} days: a certificate counts for 1 to {MAX_DAYS} days.")
+    return timedelta(days=days)
+
+
+def _node_end(folder: Path, ca: Pair, days: int | None) -> datetime:
+    """When a node's certificate made now ends: never after its authority."""
+    now, end = certificates.now(), ca.certificate.not_valid_after_utc
+    if end <= now:
+        raise InputError(f"the authority in {folder} expired on {end:%Y-%m-%d}: make a new one with photon keys init.")
+    asked = now + _length(NODE_DAYS if days is None else days)
+    if days is not None and asked > end:
+        raise InputError(
+            f"the authority in {folder} ends on {end:%Y-%m-%d}, before {days} days are over: fewer --days."
+        )
+    return min(asked, end)
+
+
+def _is_dead(path: Path, name: str, entries: Sequence[Issued]) -> bool:
+    """Whether the file is a bundle of `name` that no longer counts, so that nothing is lost with it."""
+    try:
+        serial = load_bundle(path).serial
+    except InputError:
+        return False
+    mine = [one for one in entries if (one.name, one.serial) == (name, serial)]
+    return any(one.revoked or one.not_after <= certificates.now() for one in mine)
+
+
+def _issue(folder: Path, ca: Pair, pair: Pair, path: Path, *, replace: bool = False) -> None:
+    """Record a new certificate, then write its bundle to `path`."""
+    role, name = certificates.subject_of(pair.certificate)
+    end, record = pair.certificate.not_valid_after_utc, folder / _ISSUED_FILE
+    entry = Issued(name=name, role=role, serial=f"{pair.certificate.serial_number:x}", not_after=end)
+    # Recorded first: whatever happens then, no certificate is out there that cannot be revoked.
+    write_private(record, read_file(record) + entry.model_dump_json().encode() + b"\n", replace=True)
+    write_private(path, certificates.bundle_pem(pair, ca), replace=replace)
+
+
+def _harden(context: ssl.SSLContext, path: Path, bundle: Bundle) -> ssl.SSLContext:
+    """What both sides have in common."""
+    certificates.check_dates(path, bundle)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    context.load_verify_locations(cadata=bundle.ca_pem)
+    context.load_cert_chain(path)
+    return context
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One change of the folder at a time. Raises InputError if it is no folder of keys or stays busy."""
+    if not (folder / _CA_CERTIFICATE).is_file():
+        raise InputError(f"{folder} is no folder of keys; photon keys init {folder} makes one.")
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}.") from None
+    try:
+        deadline = time.monotonic() + _LOCK_DEADLINE_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise InputError(
+                        f"another photon keys is at work in {folder}: try again when it is done."
+                    ) from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)  # releases the lock

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from photon.aggregator import exchange
+from photon.aggregator import assemble, exchange
 from photon.aggregator.server import Aggregator
 from photon.aggregator.state import GlobalState, Progress, RoundStore
 from photon.config import Recipe
@@ -183,13 +183,18 @@ class Federation:
         folder.mkdir(parents=True, exist_ok=True)
         truncate_to(folder / "metrics.jsonl", state.progress.metrics_bytes)
         self.tracker = Tracker([], [], JsonlSink(folder / "metrics.jsonl"))
-        self.aggregator = Aggregator(recipe, self.fabric, self.store, self.tracker, state)
+        self.aggregator = Aggregator(recipe, self.fabric, self.store, self.tracker, state, folder / "operator")
 
     def run(self) -> GlobalState:
         """All rounds that are left, on the fabric's clock."""
         clock = SimpleNamespace(monotonic=lambda: self.fabric.now)
         # A crash is an exception here, not a power cut: what was written can be read, flushed to the disk or not.
-        with mock.patch.object(exchange, "time", clock), mock.patch.object(os, "fsync"), self.tracker:
+        with (
+            mock.patch.object(exchange, "time", clock),
+            mock.patch.object(assemble, "time", clock),
+            mock.patch.object(os, "fsync"),
+            self.tracker,
+        ):
             return self.aggregator.run()
 
     def events(self) -> list[Event]:

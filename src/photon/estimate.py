@@ -58,7 +58,10 @@ def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
 
 
 def tokens_per_round(recipe: Recipe) -> int:
-    """Tokens that one round trains on, over all its nodes; with K of P nodes sampled, the mean over the draws."""
+    """Tokens that one round trains on, over all its nodes; with K of P nodes sampled, the mean over the draws.
+
+    With `federation.balance = "time"` slower nodes take fewer steps: then a round trains on no more than this.
+    """
     steps = [recipe.batch_size_of(silo) * recipe.tau_of(silo) for silo in recipe.silo]
     return round(sum(steps) * recipe.nodes_per_round / len(recipe.silo)) * recipe.data.sequence_length
 

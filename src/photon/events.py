@@ -100,7 +100,12 @@ class RoundDone(_Event):
     merged_norm: float = Field(description="L2 norm of the merged pseudo-gradient.")
     outer_norm: float = Field(description="L2 norm of the step the outer optimizer made.")
     nodes: dict[str, NodeRound] = Field(description="Nodes that counted.")
-    missing: dict[str, str] = Field(description="Sampled nodes that did not count, with the reason.")
+    missing: dict[str, str] = Field(
+        description="Nodes asked that did not count, with the reason; `refused: ...` is charged to the node."
+    )
+    suspended: dict[str, str] = Field(
+        default_factory=dict, description="Nodes that are no longer asked, with the reason of the last refusal."
+    )
     cosine: list[list[float]] = Field(description="Pairwise cosine of updates (sketched), rows as sorted(nodes).")
     phases_s: dict[str, float] = Field(
         description="Wall seconds by phase; nodes = exchange, training and evaluation there."

@@ -240,3 +240,63 @@ def test_any_network_gives_each_node_one_outcome_in_bounded_time(
     assert trial.ledger.total.bytes_down == sum(len(message) for _, message in trial.fabric.sent)
     assert trial.ledger.total.bytes_up == sum(len(message) for _, message in trial.fabric.received)
     assert trial.ledger.round == trial.ledger.total
+
+
+OVERSAMPLED = Patience(quorum=1.0, grace_s=10.0, deadline_s=100.0, nodes=2)
+
+
+def test_with_k_usable_replies_the_exchange_ends_and_the_others_are_abandoned() -> None:
+    trial = Trial({"ada": [3.0], "bob": [1.0], "cyd": [2.0], "dan": [2.5]}, OVERSAMPLED).run()
+    assert trial.counted == ["bob", "cyd"]
+    assert trial.fabric.now == 2.0
+    assert trial.exchange.missing == dict.fromkeys(["ada", "dan"], "not needed: 2 others had answered")
+    assert trial.exchange.refused == {}
+    assert trial.fabric.abandoned == ["ada", "dan"]
+    assert trial.exchange.quorum_is_met
+    assert "failed" not in {progress.state for progress in trial.progress}
+
+
+def test_the_quorum_is_a_share_of_k_and_not_of_the_oversample() -> None:
+    half = Patience(quorum=0.5, grace_s=10.0, deadline_s=100.0, nodes=2)
+    trial = Trial({"ada": [5.0]}, half).run()
+    assert trial.exchange.quorum == 1
+    assert trial.exchange.quorum_is_met
+    assert trial.fabric.now == 15.0  # its grace: K are not in
+
+
+def test_a_refused_reply_is_none_of_the_k() -> None:
+    trial = Trial({"ada": [1.0], "bob": [2.0], "cyd": [3.0], "dan": [4.0]}, OVERSAMPLED).run(refuse=["ada"])
+    assert trial.counted == ["ada", "bob", "cyd"]
+    assert trial.exchange.missing.keys() == {"ada", "dan"}
+    assert trial.exchange.refused == {"ada": "no good"}
+
+
+def test_owners_who_only_score_have_the_grace_time_though_k_are_in() -> None:
+    one = Patience(quorum=1.0, grace_s=10.0, deadline_s=100.0, nodes=1)
+    trial = Trial({"ada": [9.0], "bob": [1.0], "cyd": [8.0], "dan": [12.0]}, one, evaluators=["cyd", "dan"]).run()
+    assert trial.counted == ["bob", "cyd"]
+    assert trial.fabric.now == 11.0
+    assert set(trial.fabric.abandoned) == {"ada", "dan"}
+
+
+def test_what_is_refused_is_told_from_what_is_missing() -> None:
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        of = {a.node: a.message for a in arrivals}
+        return [
+            (1.0, Arrival("ada", b"noise")),
+            (1.0, Arrival("bob", edited(of["bob"], status="failed", error="disk full"))),
+            (1.0, Arrival("cyd", edited(of["cyd"], run="x"))),
+            (1.0, Lost("dan", "gone")),
+        ]
+
+    trial = Trial({}, change=change).run()
+    assert trial.exchange.refused.keys() == {"ada", "cyd"}
+    assert trial.exchange.missing["bob"] == "the node reports: disk full"
+    assert all(trial.exchange.missing[node].startswith("refused: ") for node in trial.exchange.refused)
+
+
+def test_a_reason_of_megabytes_is_cut() -> None:
+    trial = Trial({"ada": [1.0]})
+    trial.exchange.send(trial.tasks, b"")
+    trial.exchange.refuse("ada", "x" * 10**6)
+    assert len(trial.exchange.missing["ada"]) == len(trial.exchange.refused["ada"]) == 2000

@@ -6,13 +6,14 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon.aggregator.sampling import sample_nodes
+from photon.aggregator.sampling import sample_nodes, sample_with_spares
 
 Sample = Callable[[int, int, Sequence[str], int], list[str]]
 NAMES = [f"node-{i}" for i in range(8)]
@@ -96,3 +97,22 @@ def test_seeds_and_rounds_draw_anew() -> None:
 def test_a_draw_is_fixed_across_versions() -> None:
     """A run that is resumed with another version of Photon must sample the same nodes."""
     assert sample_nodes(1337, 5, ["ada", "bob", "cyd", "dan"], 2) == ["ada", "cyd"]
+
+
+@given(st.integers(0, 2**32), names, st.integers(1, 6), st.floats(0, 4))
+def test_spares_are_the_next_in_the_draw_and_come_last(
+    seed: int, names: list[str], count: int, oversample: float
+) -> None:
+    asked = sample_with_spares(seed, 3, names, count, oversample)
+    first = sample_nodes(seed, 3, names, count)
+    assert asked[: len(first)] == first
+    assert sorted(asked) == sample_nodes(seed, 3, names, len(asked))
+    assert len(asked) == min(len(names), math.ceil(Fraction(str(oversample)) * count + count))
+
+
+def test_an_oversample_that_is_a_whole_number_is_not_rounded_up() -> None:
+    """(1 + 0.1) * 10 in floating point is a little more than 11."""
+    many = [f"n{i}" for i in range(40)]
+    assert [len(sample_with_spares(1, 0, many, 10, share)) for share in (0.0, 0.1, 0.11, 0.5, 4.0)] == [
+        10, 11, 12, 15, 40,
+    ]  # fmt: skip

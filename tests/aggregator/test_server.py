@@ -266,3 +266,34 @@ def test_a_round_costs_memory_for_one_reply(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(federation.fabric, "receive", lambda timeout_s: order.append("receive") or receive(timeout_s))
     federation.run()
     assert order[:6] == ["receive", "fold"] * 3
+
+
+def test_with_an_oversample_the_first_k_make_the_round_and_divide(tmp_path: Path) -> None:
+    """Three are asked, K = 2: the slowest is abandoned, and neither its tokens nor its share remain."""
+    options = {"rounds": 1, "nodes_per_round": 2, "oversample": 0.5}
+    recipe = tiny_recipe(UNEQUAL, federation=options)
+    late = {"ada": 1.0, "bob": 9.0, "cyd": 2.0}
+    federation = Federation(
+        tmp_path, recipe, lambda arrivals: [(late[a.node], a) for a in arrivals], dtype=torch.float64
+    )
+    federated = weights(federation.run())
+    (event,) = federation.rounds()
+    assert sorted(event.nodes) == ["ada", "cyd"]
+    assert event.missing == {"bob": "not needed: 2 others had answered"}
+    assert "bob" in federation.fabric.abandoned
+    counted = {node: tokens for node, tokens in TOKENS.items() if node != "bob"}
+    assert largest_difference(federated, averaged(recipe, counted, 5 * LENGTH, rounds=1)) < 1e-12
+    asked = averaged(recipe, counted, 13 * LENGTH, rounds=1)  # the mutant: who was asked divides
+    all_three = averaged(recipe, TOKENS, 13 * LENGTH, rounds=1)  # the mutant: the late reply is folded too
+    assert largest_difference(federated, asked) > 1e-3
+    assert largest_difference(federated, all_three) > 1e-3
+
+
+def test_an_oversample_replaces_who_fails(tmp_path: Path) -> None:
+    def network(arrivals: list[Arrival]) -> list[Delivery]:
+        return [(0.0, Lost("ada", "gone") if a.node == "ada" else a) for a in arrivals]
+
+    options = {"rounds": 1, "nodes_per_round": 2, "quorum": 1.0, "oversample": 0.5}
+    federation = Federation(tmp_path, tiny_recipe(federation=options), network)
+    federation.run()
+    assert sorted(federation.rounds()[0].nodes) == ["bob", "cyd"]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from photon.aggregator.state import MODEL_FILE, OUTER_FILE, GlobalState, Progress, RoundStore
-from photon.durable import STATE_FILE
+from photon.aggregator.trust import Charge
+from photon.durable import STATE_FILE, NumberedStates
 from photon.errors import StateError
-from photon.link.tensors import encode_tensors, sha256_hex
+from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
 
 
 def state(round_index: int, run: str = "r") -> GlobalState:
@@ -105,3 +106,26 @@ def test_progress_moves_by_one_round() -> None:
     after = state(2).progress.after_round(96, 500)
     assert (after.round, after.sequential_step, after.tokens) == (3, 96, 2500)
     assert (after.run, after.bytes_up, after.seconds) == ("r", 11, 3.25)
+
+
+def test_what_was_learnt_of_nodes_is_restored(tmp_path: Path) -> None:
+    rounds = RoundStore(tmp_path, 2, 0)
+    learnt = replace(
+        state(3).progress,
+        norms=(((0.1 + 0.2, 32), (1e-300, 1)), (), ((7.0, 4),)),
+        charges={"ada": Charge(2, "a 'reason'\nof two lines")},
+        seconds_per_step={"ada": 1 / 3},
+    )
+    rounds.commit(replace(state(3), progress=learnt))
+    assert rounds.load("r").progress == learnt
+
+
+def test_a_state_from_before_nodes_were_remembered_is_read(tmp_path: Path) -> None:
+    fields = {key: value for key, value in asdict(state(3).progress).items() if key not in LEARNT}
+    payload = state(3).payload
+    files = {MODEL_FILE: [payload], OUTER_FILE: tensor_chunks(state(3).outer)}
+    NumberedStates(tmp_path).commit(3, files, fields)
+    assert same(RoundStore(tmp_path, 2, 0).load("r"), state(3))
+
+
+LEARNT = ("norms", "charges", "seconds_per_step")

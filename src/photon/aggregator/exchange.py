@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from photon.aggregator.validate import verify_identity
+from photon.aggregator.validate import NodeFailedError, verify_identity
 from photon.errors import ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, Fabric, Lost
@@ -16,22 +16,34 @@ from photon.link.ledger import Ledger
 from photon.link.update import Message, Task, decode_message, expect_reply, seal
 
 _POLL_S = 1.0  # upper bound of one wait: Ctrl-C and the deadline are noticed within it
+_REASON_CHARACTERS = 2000  # a stranger may name a tensor as it likes; the record of the run repeats no megabytes
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an exchange waits, and for how many."""
+    """How long an exchange waits, and for how many.
+
+    `nodes` is K: so many usable replies make the round complete, and the quorum is a share of it. More may have been
+    asked to train (`federation.oversample`). None: K is the number of those asked.
+    """
 
     quorum: float
     grace_s: float
     deadline_s: float
+    nodes: int | None = None
+
+
+def quorum_of(share: float, nodes: int) -> int:
+    """Nodes that must answer with something usable: the share as it is written, 0.28 of 25 is 7."""
+    return max(1, math.ceil(Fraction(str(share)) * nodes))
 
 
 class Exchange:
     """Sends one task per node and yields the replies that answer them, as they arrive, each once.
 
-    The quorum is a share of those asked to train (of all, if none is). `missing` says afterwards who did not count and
-    why. Whoever finds a yielded reply unusable calls `refuse`.
+    The quorum is a share of K, or of those asked to train (of all, if none is). `missing` says afterwards who did not
+    count and why; `refused` those of them whose reply failed a check, which is charged to them. Whoever finds a yielded
+    reply unusable calls `refuse`.
     """
 
     def __init__(
@@ -47,6 +59,7 @@ class Exchange:
         self._asked: set[str] = set()
         self._counted: set[str] = set()
         self.missing: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def send(self, tasks: Mapping[str, Task], body: bytes) -> None:
         """Hand every task to the fabric with `body`, the base they start from."""
@@ -59,13 +72,19 @@ class Exchange:
         self._counted = {node for node, task in tasks.items() if task.tau > 0} or self._asked
 
     def replies(self) -> Iterator[tuple[Task, Message]]:
-        """Yield (task, reply) until all have answered, or quorum and grace are over, or the deadline is."""
+        """Yield (task, reply) until all have answered, or quorum and grace are over, or the deadline is.
+
+        With K usable replies in, nodes that were asked to train beyond K are abandoned at once; those that were asked
+        for scores alone still have the grace time.
+        """
         # Virtual nodes queue for a device: each wave of them gets the time that one node gets.
         waves = math.ceil(len(self._asked) / max(1, self._fabric.slots))
         grace_s = self._patience.grace_s * waves
         end = time.monotonic() + self._patience.deadline_s * waves + self._patience.grace_s
         grace_is_running = False
         while self._waiting and not self._is_hopeless:
+            if self._is_complete and self._let_spares_go():
+                continue
             if self.quorum_is_met and not grace_is_running:
                 grace_is_running = True
                 end = min(end, time.monotonic() + grace_s)
@@ -77,11 +96,11 @@ class Exchange:
                     self._on_progress(progress)
                 case Lost(node, reason) if node in self._waiting:
                     self._give_up(node, reason)
-                case Arrival(node, data):
-                    accepted = self._accept(node, data)
+                case Arrival() as arrival:
+                    accepted = self._accept(arrival)
                     if accepted is not None:
                         yield accepted
-                    del data, accepted  # one reply in memory, not this one until the next has arrived
+                    del arrival, accepted  # one reply in memory, not this one until the next has arrived
         reason = "given up: no quorum was in reach" if self._is_hopeless else "no answer before the deadline"
         for node in list(self._waiting):
             self._fabric.abandon(node)
@@ -90,13 +109,20 @@ class Exchange:
     @property
     def quorum_is_met(self) -> bool:
         """Whether enough nodes have answered with something usable."""
-        usable = self._counted - self._waiting.keys() - self.missing.keys()
-        return len(usable) >= self.quorum
+        return self._usable >= self.quorum
 
     @property
     def quorum(self) -> int:
-        """Nodes that must answer with something usable: the share as it is written, 0.28 of 25 is 7."""
-        return max(1, math.ceil(Fraction(str(self._patience.quorum)) * len(self._counted)))
+        """Nodes that must answer with something usable."""
+        return quorum_of(self._patience.quorum, self._patience.nodes or len(self._counted))
+
+    @property
+    def _usable(self) -> int:
+        return len(self._counted - self._waiting.keys() - self.missing.keys())
+
+    @property
+    def _is_complete(self) -> bool:
+        return self._patience.nodes is not None and self._usable >= self._patience.nodes
 
     @property
     def _is_hopeless(self) -> bool:
@@ -105,27 +131,44 @@ class Exchange:
 
     def refuse(self, node: str, reason: str) -> None:
         """A yielded reply cannot be used: it no longer counts towards the quorum."""
+        self.refused[node] = reason[:_REASON_CHARACTERS]
         self._give_up(node, f"refused: {reason}")
 
-    def _accept(self, node: str, data: bytes) -> tuple[Task, Message] | None:
-        self._ledger.up(node, len(data))
+    def _accept(self, arrival: Arrival) -> tuple[Task, Message] | None:
+        node = arrival.node
+        self._ledger.up(node, len(arrival.message))
         task = self._waiting.get(node)
         if task is None:
             return None  # a reply to a task that was given up; its bytes are on the ledger
         try:
-            message = decode_message(data)
+            message = decode_message(arrival.message)
             reply = expect_reply(message)
             if reply.node == node and reply.nonce != task.nonce:
                 return None  # the late answer to an earlier task; the one asked for may still come
             verify_identity(node, reply, task)
+        except NodeFailedError as error:  # it says so itself: no lie, nothing to charge
+            self._give_up(node, str(error))
+            return None
         except (WireError, ReplyRefusedError) as error:
-            self._give_up(node, f"refused: {error}")
+            self.refuse(node, str(error))
             return None
         del self._waiting[node]
         self._on_progress(NodeProgress(node=node, round=task.round, state="done", step=task.tau, steps=task.tau))
         return task, message
 
+    def _let_spares_go(self) -> bool:
+        """Abandon whoever still trains; says whether there was anybody. They did nothing wrong."""
+        spares = sorted(self._counted & self._waiting.keys())
+        reason = f"not needed: {self._usable} others had answered"
+        for node in spares:
+            task = self._waiting.pop(node)
+            self._fabric.abandon(node)
+            self.missing[node] = reason
+            self._on_progress(NodeProgress(node=node, round=task.round, state="waiting", note=reason))
+        return bool(spares)
+
     def _give_up(self, node: str, reason: str) -> None:
         task = self._waiting.pop(node, None)
+        reason = reason[:_REASON_CHARACTERS]
         self.missing[node] = reason
         self._on_progress(NodeProgress(node=node, round=task.round if task else 0, state="failed", note=reason))

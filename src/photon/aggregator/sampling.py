@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 
 def sample_nodes(seed: int, round_index: int, names: Sequence[str], count: int) -> list[str]:
@@ -17,3 +19,13 @@ def sample_nodes(seed: int, round_index: int, names: Sequence[str], count: int) 
         return hashlib.blake2b(f"{seed}/{round_index}/{name}".encode(), digest_size=16).digest()
 
     return sorted(sorted(set(names), key=draw)[:count])
+
+
+def sample_with_spares(seed: int, round_index: int, names: Sequence[str], count: int, oversample: float) -> list[str]:
+    """`sample_nodes`, then, as far as there are names, `oversample * count` more (rounded up), the next in the draw.
+
+    The spares come last: where nodes queue for a device, they begin last, so that an order of names favours nobody.
+    """
+    first = sample_nodes(seed, round_index, names, count)
+    asked = math.ceil((1 + Fraction(str(oversample))) * count)
+    return first + [name for name in sample_nodes(seed, round_index, names, asked) if name not in first]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
+from photon.aggregator.norms import NormHistory
+from photon.aggregator.trust import Charge
 from photon.durable import NumberedStates, kept_numbers
 from photon.errors import StateError
 from photon.link.tensors import decode_tensors, sha256_hex, tensor_chunks
@@ -17,7 +20,9 @@ OUTER_FILE = "outer.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after `round` committed rounds."""
+    """Where a run stands after `round` committed rounds, and what it has learnt of its nodes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     run: str
     round: int = 0
@@ -27,10 +32,16 @@ class Progress:
     bytes_down: int = 0
     seconds: float = 0.0
     metrics_bytes: int = 0  # metrics.jsonl up to here belongs to committed rounds
+    norms: NormHistory = ()
+    charges: dict[str, Charge] = field(default_factory=dict)
+    seconds_per_step: dict[str, float] = field(default_factory=dict)
 
     def after_round(self, sequential_step: int, tokens: int) -> Progress:
         """The next round's progress; bytes, seconds and metrics are filled in at the commit."""
         return replace(self, round=self.round + 1, sequential_step=sequential_step, tokens=self.tokens + tokens)
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,11 @@ class RoundStore:
         wanted = rounds[-1] if round_index is None else round_index
         try:
             committed = self._states.load(wanted)
-            progress = Progress(**committed.fields)
+            progress = _PROGRESS.validate_python(committed.fields)
             if run is not None and progress.run != run:
                 raise StateError(f"{committed.folder} belongs to run {progress.run}, not to {run}.")
             return GlobalState(progress, committed.read(MODEL_FILE), decode_tensors(committed.read(OUTER_FILE)))
-        except (StateError, TypeError) as error:
+        except (StateError, ValidationError) as error:
             others = [number for number in rounds if number != wanted]
             advice = f"Other committed rounds: {others}; ask for one with --round N." if others else "No other is left."
             raise StateError(f"round {wanted} cannot be used: {error} {advice}") from error

@@ -20,15 +20,22 @@ from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingR
 MAX_PER_TOKEN = 1e4
 
 
+class NodeFailedError(ReplyRefusedError):
+    """The node itself says that it could not do the task: nothing to merge, and nothing to hold against it."""
+
+
 def verify_identity(sender: str, reply: Reply, task: Task) -> None:
-    """Raises ReplyRefusedError unless the reply answers this very task and comes from the node it was sent to."""
+    """Raises ReplyRefusedError unless the reply answers this very task and comes from the node it was sent to.
+
+    Raises NodeFailedError if it does, and says that the node has failed.
+    """
     if sender != task.node or reply.node != task.node:
         raise ReplyRefusedError(f"sent by {sender!r} in the name of {reply.node!r} for a task of {task.node!r}")
     for field in ("run", "round", "base_sha256", "nonce"):
         if getattr(reply, field) != getattr(task, field):
             raise ReplyRefusedError(f"answers another task: its {field} is not the one that was asked for")
     if reply.status == "failed":
-        raise ReplyRefusedError(f"the node reports: {reply.error or 'no reason given'}")
+        raise NodeFailedError(f"the node reports: {reply.error or 'no reason given'}")
 
 
 def verify_training(message: Message, task: Task, tokens_per_step: int, base: Mapping[str, Tensor]) -> float:

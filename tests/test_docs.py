@@ -121,7 +121,7 @@ def recipe_complaint(name: str, parameters: dict[str, object]) -> str | None:
     words = parameters.get("words") or []
     if name == "build":
         words = [parameters["recipe"], *(parameters["options"] or [])]  # type: ignore[misc]  # both are the command's
-    assert isinstance(words, list)
+    words = list(words)  # a tuple, in some versions of click
     try:
         source, overrides = split_words(words)
         if name in ("train", "build") and not parameters.get("resume"):

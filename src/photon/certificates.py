@@ -108,6 +108,15 @@ def subject_alternative(host: str) -> x509.GeneralName:
     raise InputError(f"{host!r} is neither a DNS name nor an IP address; give it without scheme, port or wildcard.")
 
 
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """The DNS names and IP addresses that a certificate is for; none if it is no server's."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
 def make_authority(not_after: datetime) -> Pair:
     """A new authority: EC P-256, signed by itself, may sign no further authorities."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -174,9 +183,11 @@ def check_dates(path: Path, bundle: Bundle) -> None:
     """Raise InputError if the bundle in `path` does not count today."""
     remedy = {
         "node": f"ask the Aggregator's operator for a new key (photon keys node {bundle.name} DIR)",
-        "operator": "make a new authority with photon keys init",
-        "aggregator": "make a new authority with photon keys init, and hand out new keys",
+        "operator": "make a new one with photon keys operator DIR",
+        "aggregator": "renew it with photon keys aggregator DIR",
     }[bundle.role]
+    if bundle.role != "node" and bundle.ca.not_valid_after_utc <= now():
+        remedy = "its authority has, too; make a new one with photon keys init, and hand out new keys"
     for one in (bundle.certificate, bundle.ca):
         if one.not_valid_after_utc <= now():
             raise InputError(f"{path} expired on {one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: {remedy}.")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from photon import __version__
+from photon.cli_keys import keys_app
+from photon.cli_sites import add_commands
 from photon.errors import InputError, PhotonError
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Tokenise and shard each silo; look at the result.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
+add_commands(app)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Options to change.")]
@@ -49,6 +53,7 @@ photon train   (the preset demo: four owners, this machine, about 3 minutes)\n
 photon train demo federation.rounds=40 node.lr=4e-3 --run runs/longer\n
 photon train demo federation.outer=none   (the same tokens, centralised: the baseline)\n
 photon train my-recipe.toml\n
+photon train --fabric flower   (the same federation, each node a process of its own)\n
 photon train --resume runs/longer"""
 )
 def train(
@@ -58,6 +63,9 @@ def train(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>-<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on exactly where this run was.")] = None,
+    fabric: Annotated[
+        str | None, typer.Option(help="local, or flower: every node a process of its own, joined over the network.")
+    ] = None,
     round_index: Annotated[
         int | None, typer.Option("--round", help="With --resume: go back to this committed round.", min=0)
     ] = None,
@@ -71,7 +79,7 @@ def train(
 
     words = words or []
     if resume is not None:
-        if words or run is not None:
+        if words or run is not None or fabric is not None:
             raise InputError("--resume takes no recipe, options or --run: the run folder holds its own recipe")
         folder = RunFolder(resume)
         with open_display(sys.stdout) as display:
@@ -79,7 +87,8 @@ def train(
     else:
         if round_index is not None:
             raise InputError("--round goes with --resume")
-        recipe = load_recipe(*split_words(words))
+        recipe_name, overrides = split_words(words)
+        recipe = load_recipe(recipe_name, [*overrides, *([f"link.fabric={fabric}"] if fabric else [])])
         folder = new_run_folder(recipe.name, run)
         with open_display(sys.stdout) as display:
             summary = runs.train(recipe, folder, display)

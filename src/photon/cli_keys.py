@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -61,10 +62,54 @@ def node(
 
     path = keys.issue_node(folder, name, days, out)
     end = keys.issued(folder)[-1].not_after
-    typer.echo(f"{path}: the key of {name}, until {end:%Y-%m-%d}. Hand it over on a way that you trust.")
+    typer.echo(f"{path}: the key of {name}, {_until(end)}. Hand it over on a way that you trust.")
     typer.echo(
         f"Its owner keeps it readable for itself only (chmod 600). If it is lost: photon keys revoke {name} {folder}"
     )
+
+
+@keys_app.command(
+    epilog="""Examples:\n
+photon keys aggregator keys\n
+photon keys aggregator keys --host photon.example.org --host 203.0.113.7 --days 365"""
+)
+def aggregator(
+    folder: FolderArgument,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="DNS name or IP address under which nodes reach the Aggregator; repeatable. "
+            "Default: those of the certificate that is there.",
+        ),
+    ] = None,
+    days: Annotated[int | None, typer.Option(help="Days until it expires; default: until the authority does.")] = None,
+) -> None:
+    """Renew the Aggregator's certificate: other hosts, a later end. Nodes and operators keep their keys."""
+    from photon import keys
+
+    hosts = keys.renew_aggregator(folder, host or (), days)
+    end = keys.issued(folder)[-1].not_after
+    typer.echo(f"{folder / keys.AGGREGATOR_FILE}: the Aggregator's certificate for {', '.join(hosts)}, {_until(end)}.")
+    typer.echo("It is used from the next start of the Aggregator on: stop it, and go on with --resume.")
+    typer.echo("The one before counts until it expires: if others may have it, make a new authority instead.")
+
+
+@keys_app.command(
+    epilog="""Examples:\n
+photon keys operator keys --out /media/stick/second-operator.key\n
+photon keys operator keys   (after photon keys revoke operator keys)"""
+)
+def operator(
+    folder: FolderArgument,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; default DIR/operator.key.")] = None,
+) -> None:
+    """Make another operator's key, with which one may look at the run and do nothing else."""
+    from photon import keys
+
+    path = keys.issue_operator(folder, out)
+    typer.echo(f"{path}: an operator's key, {_until(keys.issued(folder)[-1].not_after)}.")
+    typer.echo(f"All operators have one name: photon keys revoke operator {folder} refuses every key made so far.")
 
 
 @keys_app.command(epilog="Example: photon keys revoke hospital keys")
@@ -77,8 +122,8 @@ def revoke(name: NameArgument, folder: FolderArgument) -> None:
         typer.echo(f"{name}: {serial} is refused from now on.")
     if not serials:
         typer.echo(f"{name}: all keys made so far were refused already.")
-    if name not in keys.RESERVED_NAMES:
-        typer.echo(f"To let {name} in again: photon keys node {name} {folder}")
+    again = "operator" if name == "operator" else f"node {name}"
+    typer.echo(f"To let {name} in again: photon keys {again} {folder}")
 
 
 @keys_app.command(name="list", epilog="Example: photon keys list keys")
@@ -94,3 +139,7 @@ def list_keys(folder: FolderArgument) -> None:
     for one in keys.issued(folder):
         table.add_row(one.name, one.role, f"{one.not_after:%Y-%m-%d}", "yes" if one.revoked else "no", one.serial)
     Console().print(table)
+
+
+def _until(end: datetime) -> str:
+    return f"until {end:%Y-%m-%d}"

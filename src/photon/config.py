@@ -83,6 +83,9 @@ class DataConfig(Section):
 
     dir: str = Field("data", description="Folder for the tokenizer and each silo's shards; reused between runs.")
     tokenizer: str = Field("train", description="`train` (byte-level BPE), or path or hub id of a Hugging Face one.")
+    tokenizer_text: list[str] = Field(
+        [], description="Train the tokenizer on these sources instead of the silos' own text (for owners far away)."
+    )
     vocab_size: int = Field(
         4096,
         ge=257,
@@ -100,6 +103,11 @@ class DataConfig(Section):
         None, description="Read so much of a silo's text, shared by its sources."
     )
     build_workers: Positive | Auto = Field("auto", description="Threads that tokenise (auto = number of cores).")
+
+    @field_validator("tokenizer_text", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
 
 class NodeConfig(Section):
@@ -135,6 +143,15 @@ class FederationConfig(Section):
     rounds: Positive = Field(10, description="Exchanges.")
     tau: Positive = Field(32, description="Local steps between exchanges.")
     nodes_per_round: Positive | None = Field(None, description="K of the P nodes sampled each round; default all.")
+    oversample: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="Ask this share of K more nodes to train; the first K usable replies make the round.",
+    )
+    balance: Literal["none", "time"] = Field(
+        "none", description="time = slower nodes take fewer than tau local steps, so that all finish together."
+    )
     weighting: Literal["tokens", "uniform"] = Field("tokens", description="Weight of an update in the merge.")
     outer: Literal["fedavg", "momentum", "nesterov", "adam", "yogi", "none"] = Field(
         "fedavg",
@@ -144,14 +161,26 @@ class FederationConfig(Section):
     outer_momentum: Decay = Field(0.9, description="momentum, nesterov.")
     outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
     outer_eps: float = Field(1e-8, gt=0, description="adam, yogi.")
-    quorum: float = Field(1.0, gt=0, le=1, description="Share of the sampled nodes that must answer.")
+    quorum: float = Field(1.0, gt=0, le=1, description="Share of K that must answer with something usable.")
     grace_s: float = Field(30.0, ge=0, description="After the quorum is met, wait this long for the others.")
     deadline_s: float = Field(6 * 3600.0, gt=0, description="A node's time to answer a task.")
+    assemble_s: float = Field(
+        120.0, ge=0, description="A round first waits this long for nodes that are not connected."
+    )
+    norm_bound: bool = Field(True, description="Refuse an update far longer than those of the last rounds.")
+    suspend_after: int = Field(3, ge=0, description="Refused replies after which a node is no longer asked; 0 = never.")
 
 
 class LinkConfig(Section):
-    """What an update becomes on the wire."""
+    """How tasks and updates travel, and what an update becomes on the wire."""
 
+    fabric: Literal["local", "flower"] = Field(
+        "local", description="local = worker processes here; flower = nodes as processes of their own, anywhere."
+    )
+    store: str = Field(
+        "",
+        description="flower: where model bytes wait; empty = beside the gateway, or file:///PATH, s3://, gs://, az://.",
+    )
     up: Literal["exact", "bfloat16"] = Field("exact", description="Codec of updates to the Aggregator.")
     max_update_norm: float | None = Field(None, gt=0, description="A node scales its update down to this L2 norm.")
 
@@ -186,8 +215,8 @@ class SiloConfig(Section):
 
     name: Name = Field(description="Owner = node = silo.")
     text: list[str] = Field(
-        min_length=1,
-        description="Sources: globs or folders, `hf:dataset[/config][:split]`, or `builtin:area`.",
+        [],
+        description="Sources: globs or folders, `hf:dataset[/config][:split]`, `builtin:area`; none if far away.",
     )
     weights: list[float] | None = Field(None, description="Sampling weight of each source; default by size.")
     field: str = Field("text", description="Field that holds the text in .jsonl and .parquet files.")

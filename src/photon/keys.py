@@ -95,20 +95,44 @@ def issue_node(folder: Path, name: str, days: int | None = None, out: Path | Non
     revoked or expired bundle of the same name. Raises InputError, StateError.
     """
     path = folder / f"{_node_name(name)}.key" if out is None else out
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder: make it, or name another place with --out.")
     with _locked(folder):
-        entries = issued(folder)
         ca = certificates.load_authority(folder / _CA_KEY, folder / _CA_CERTIFICATE)
-        not_after = _node_end(folder, ca, days)
-        replace = os.path.lexists(path)
-        if replace and not _is_dead(path, name, entries):
-            raise InputError(
-                f"{path} exists and is not overwritten. Name another file with --out, or remove it; "
-                f"if others may have it, photon keys revoke {name} {folder} comes first."
-            )
-        _issue(folder, ca, certificates.make_certificate(ca, "node", name, not_after), path, replace=replace)
+        not_after = _end(folder, ca, days)
+        if days is None:
+            not_after = min(not_after, certificates.now() + timedelta(days=NODE_DAYS))
+        _issue_client(folder, ca, certificates.make_certificate(ca, "node", name, not_after), path)
     return path
+
+
+def issue_operator(folder: Path, out: Path | None = None) -> Path:
+    """Write another operator's bundle to `out` (default DIR/operator.key; mode 0600) and return where it is.
+
+    It counts as long as the authority. A file is only replaced if it is a revoked or expired bundle of an operator.
+    Raises InputError, StateError.
+    """
+    path = folder / OPERATOR_FILE if out is None else out
+    with _locked(folder):
+        ca = certificates.load_authority(folder / _CA_KEY, folder / _CA_CERTIFICATE)
+        pair = certificates.make_certificate(ca, "operator", "operator", _end(folder, ca, None))
+        _issue_client(folder, ca, pair, path)
+    return path
+
+
+def renew_aggregator(folder: Path, hosts: Sequence[str] = (), days: int | None = None) -> list[str]:
+    """Put a new key and certificate in the Aggregator's place and return its hosts; every other key stays as it is.
+
+    `hosts` default to those of the certificate that is there, `days` to the authority's last day. The certificate
+    before cannot be called back: whoever has a copy of it can pose as the Aggregator until it expires. Raises
+    InputError, StateError.
+    """
+    with _locked(folder):
+        issued(folder)  # a damaged record is not added to
+        hosts = hosts or _present_hosts(folder)
+        names = [certificates.subject_alternative(host) for host in hosts]
+        ca = certificates.load_authority(folder / _CA_KEY, folder / _CA_CERTIFICATE)
+        pair = certificates.make_certificate(ca, "aggregator", "aggregator", _end(folder, ca, days), names)
+        _issue(folder, ca, pair, folder / AGGREGATOR_FILE, replace=True)
+    return list(hosts)
 
 
 def revoke(folder: Path, name: str) -> list[str]:
@@ -121,7 +145,7 @@ def revoke(folder: Path, name: str) -> list[str]:
         if name == "aggregator":
             raise InputError(
                 "the Aggregator's own certificate cannot be revoked: nodes trust what the authority signed. "
-                "Make a new authority with photon keys init, and hand out new keys."
+                "If others may have it, make a new authority with photon keys init, and hand out new keys."
             )
         if not any(one.name == name for one in entries):
             known = ", ".join(sorted({one.name for one in entries} - {"aggregator"}))
@@ -271,17 +295,30 @@ def _length(days: int) -> timedelta:
     return timedelta(days=days)
 
 
-def _node_end(folder: Path, ca: Pair, days: int | None) -> datetime:
-    """When a node's certificate made now ends: never after its authority."""
+def _end(folder: Path, ca: Pair, days: int | None) -> datetime:
+    """When a certificate ends that is made now for `days`, or for as long as its authority: never after that."""
     now, end = certificates.now(), ca.certificate.not_valid_after_utc
     if end <= now:
         raise InputError(f"the authority in {folder} expired on {end:%Y-%m-%d}: make a new one with photon keys init.")
-    asked = now + _length(NODE_DAYS if days is None else days)
-    if days is not None and asked > end:
+    if days is None:
+        return end
+    if now + _length(days) > end:
         raise InputError(
             f"the authority in {folder} ends on {end:%Y-%m-%d}, before {days} days are over: fewer --days."
         )
-    return min(asked, end)
+    return now + _length(days)
+
+
+def _present_hosts(folder: Path) -> list[str]:
+    """Under which names the Aggregator is reached so far."""
+    path = folder / AGGREGATOR_FILE
+    try:
+        hosts = certificates.hosts_of(load_bundle(path).certificate)
+    except InputError as error:
+        raise InputError(f"{error} Or give the Aggregator's hosts with --host: then it is not needed.") from None
+    if not hosts:
+        raise InputError(f"{path} is no server's certificate: give the Aggregator's hosts with --host.")
+    return hosts
 
 
 def _is_dead(path: Path, name: str, entries: Sequence[Issued]) -> bool:
@@ -292,6 +329,20 @@ def _is_dead(path: Path, name: str, entries: Sequence[Issued]) -> bool:
         return False
     mine = [one for one in entries if (one.name, one.serial) == (name, serial)]
     return any(one.revoked or one.not_after <= certificates.now() for one in mine)
+
+
+def _issue_client(folder: Path, ca: Pair, pair: Pair, path: Path) -> None:
+    """Record and write the bundle of a node or operator; a file that may still count is not overwritten."""
+    _, name = certificates.subject_of(pair.certificate)
+    entries, replace = issued(folder), os.path.lexists(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder: make it, or name another place with --out.")
+    if replace and not _is_dead(path, name, entries):
+        raise InputError(
+            f"{path} exists and is not overwritten. Name another file with --out, or remove it; "
+            f"if others may have it, photon keys revoke {name} {folder} comes first."
+        )
+    _issue(folder, ca, pair, path, replace=replace)
 
 
 def _issue(folder: Path, ca: Pair, pair: Pair, path: Path, *, replace: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""A whole local run: prepare the text, start the fabric, run the rounds, write the results.
+"""A whole run on this machine: prepare the text, start the fabric, run the rounds, write the results.
 
 Everything that decides the outcome is in the run folder, so `resume` needs nothing else and a run that was killed
 at any instant, any number of times, ends in the same model as one that was not.
@@ -7,9 +7,10 @@ at any instant, any number of times, ends in the same model as one that was not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from photon.display import Display
 from photon.durable import write_atomic
 from photon.errors import ConfigError, StateError, StoppedError
 from photon.events import RunFinished, RunStarted, Sampled
+from photon.fabric.base import Fabric
 from photon.fabric.local import LocalFabric
 from photon.fabric.site import SITE_FILE, SiteFile
 from photon.link.tensors import decode_tensors, encode_tensors
@@ -56,7 +58,7 @@ def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
     """Begin a run in an empty `folder` and bring it to its end."""
     if any(silo.name.lower() == POOLED for silo in recipe.silo):
         raise ConfigError(f"a silo cannot be called {POOLED!r}: the centralised baseline uses that name")
-    _plan(recipe)  # a device that is not here is refused before anything is built
+    plan_processes(recipe)  # a device that is not here is refused before anything is built
     with folder.lock():
         prepared = prepare_data(recipe, display)
         folder.tokenizer.mkdir(exist_ok=True)
@@ -65,8 +67,9 @@ def train(recipe: Recipe, folder: RunFolder, display: Display) -> Summary:
             folder.node(site.name).mkdir(parents=True, exist_ok=True)
             write_atomic(folder.node(site.name) / SITE_FILE, site.model_dump_json(indent=1) + "\n")
         write_atomic(folder.recipe, dump_recipe(recipe))
-        folder.write_identity(_embedding_rows(recipe, prepared.tokenizer))  # last: now the folder is a run
-        return _go_on(_open(folder), display)
+        folder.write_identity(embedding_rows(recipe, prepared.tokenizer))  # last: now the folder is a run
+        run = open_run(folder)
+        return run_to_end(run, display, _setting(run), f"photon train --resume {folder.path}")
 
 
 def resume(folder: RunFolder, display: Display, round_index: int | None = None) -> Summary:
@@ -74,16 +77,16 @@ def resume(folder: RunFolder, display: Display, round_index: int | None = None) 
     for note in folder.changes():
         display.note(note)
     with folder.lock():
-        run = _open(folder)
+        run = open_run(folder)
         if round_index is not None:
             run.store.load(run.identity.run, round_index)  # before anything is set aside: is it usable?
             run.store.set_aside(round_index)
             for site in run.sites:
                 _node_store(run, site).set_aside(round_index)
-        return _go_on(run, display)
+        return run_to_end(run, display, _setting(run), f"photon train --resume {folder.path}")
 
 
-def _embedding_rows(recipe: Recipe, tokenizer: Tokenizer) -> int:
+def embedding_rows(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """With a given tokenizer `data.vocab_size` pads: the paper has 50368 rows for gpt-neox-20b's 50277 tokens."""
     if recipe.data.tokenizer == "train" or recipe.model.hf:
         return tokenizer.vocab_size
@@ -108,12 +111,26 @@ class Run:
         )
 
 
-def _open(folder: RunFolder) -> Run:
+@dataclass(frozen=True)
+class Setting:
+    """Where a run's nodes work, and how to reach them. `shares_cores`: beside the Aggregator, on the same CPU."""
+
+    device: str
+    workers: int
+    threads: int
+    shares_cores: bool
+    open_fabric: Callable[[Run, int, Tracker], AbstractContextManager[Fabric]]
+
+
+def open_run(folder: RunFolder) -> Run:
+    """The run in a folder. Raises InputError if it is none, StateError if it is incomplete."""
     recipe = load_recipe(folder.recipe)
     names = [silo.name for silo in recipe.silo] + ([POOLED] if recipe.federation.outer == "none" else [])
     sites = []
     for name in names:
         path = folder.node(name) / SITE_FILE
+        if not path.is_file() and recipe.link.fabric == "flower":
+            continue  # its owner is elsewhere
         if not path.is_file():
             raise StateError(f"{path} is missing: the run cannot find the text of node {name!r}")
         sites.append(SiteFile.model_validate_json(path.read_bytes()))
@@ -125,28 +142,25 @@ def _open(folder: RunFolder) -> Run:
 def load_trained(folder: RunFolder) -> tuple[Run, LanguageModel, GlobalState]:
     """A run's newest committed global model, on the CPU. Raises InputError if `folder` is no run."""
     folder.identity()
-    run = _open(folder)
+    run = open_run(folder)
     state = run.store.load(run.identity.run)
     model = run.build_model()
     load_weights(model, decode_tensors(state.payload))
     return run, model, state
 
 
-def _go_on(run: Run, display: Display) -> Summary:
+def run_to_end(run: Run, display: Display, setting: Setting, go_on: str) -> Summary:
+    """All rounds that are left, then the results. `go_on` is the command that goes on after a stop."""
     try:
-        return _run_to_end(run, display)
+        return _run_to_end(run, display, setting)
     except KeyboardInterrupt:
-        raise StoppedError(
-            f"stopped; committed rounds are safe. Go on with: photon train --resume {run.folder.path}"
-        ) from None
+        raise StoppedError(f"stopped; committed rounds are safe. Go on with: {go_on}") from None
 
 
-def _run_to_end(run: Run, display: Display) -> Summary:
-    plans = _plan(run.recipe)
+def _run_to_end(run: Run, display: Display, setting: Setting) -> Summary:
     # The Aggregator works while nodes train: where they do so on the CPU, a second thread here would fight them for
     # cores and slow both; beside GPUs the cores are free.
-    on_cpu = any(plan.device == "cpu" for plan in plans)
-    torch.set_num_threads(1 if on_cpu else max(1, available_cores() // 2))
+    torch.set_num_threads(1 if setting.shares_cores else max(1, available_cores() // 2))
     model = run.build_model()
     begun = bool(run.store.rounds())
     state = run.store.load(run.identity.run) if begun else _untrained(run, model)
@@ -155,12 +169,12 @@ def _run_to_end(run: Run, display: Display) -> Summary:
         _node_store(run, site).set_aside(state.progress.round + 1)
     with (
         open_tracker(run.recipe.track, run.folder.path, run.identity.run, display) as tracker,
-        _open_fabric(run, plans, len(state.payload)) as fabric,
+        setting.open_fabric(run, len(state.payload), tracker) as fabric,
     ):
-        tracker.write(_started(run, state, model, plans))
+        tracker.write(_started(run, state, model, setting))
         if not begun:
             _sample(run, model, tracker, state)
-        aggregator = Aggregator(run.recipe, fabric, run.store, tracker, state)
+        aggregator = Aggregator(run.recipe, fabric, run.store, tracker, state, run.folder.operator)
         del model, state  # the Aggregator has its own: these would be two copies too many, for weeks
         final = aggregator.run()
         del aggregator
@@ -193,7 +207,7 @@ def _untrained(run: Run, model: LanguageModel) -> GlobalState:
     return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
 
 
-def _plan(recipe: Recipe) -> list[WorkerPlan]:
+def plan_processes(recipe: Recipe) -> list[WorkerPlan]:
     """The workers of a run. Raises ConfigError if a device is not on this machine."""
     trainers = 1 if recipe.federation.outer == "none" else recipe.nodes_per_round
     plans = plan_workers(recipe.node, trainers)
@@ -204,8 +218,23 @@ def _plan(recipe: Recipe) -> list[WorkerPlan]:
     return plans
 
 
+def _setting(run: Run) -> Setting:
+    """The local fabric, or processes of their own for every node of this machine."""
+    plans = plan_processes(run.recipe)
+    open_fabric: Callable[[Run, int, Tracker], AbstractContextManager[Fabric]]
+    if run.recipe.link.fabric == "flower":
+        from photon.sites_here import open_sites_here  # flwr is an extra, and takes seconds to import
+
+        open_fabric = partial(open_sites_here, plans[0].threads)
+    else:
+        open_fabric = partial(_open_local, plans)
+    device = ", ".join(sorted({plan.device for plan in plans}))
+    shares_cores = any(plan.device == "cpu" for plan in plans)
+    return Setting(device, len(plans), plans[0].threads, shares_cores, open_fabric)
+
+
 @contextmanager
-def _open_fabric(run: Run, plans: list[WorkerPlan], payload_bytes: int) -> Iterator[LocalFabric]:
+def _open_local(plans: list[WorkerPlan], run: Run, payload_bytes: int, tracker: Tracker) -> Iterator[Fabric]:
     fabric = LocalFabric(
         run.folder.path,
         node_infos(run.recipe, run.sites),
@@ -220,7 +249,7 @@ def _open_fabric(run: Run, plans: list[WorkerPlan], payload_bytes: int) -> Itera
         fabric.close()
 
 
-def _started(run: Run, state: GlobalState, model: LanguageModel, plans: list[WorkerPlan]) -> RunStarted:
+def _started(run: Run, state: GlobalState, model: LanguageModel, setting: Setting) -> RunStarted:
     pooled = run.recipe.federation.outer == "none"
     weights = named_weights(model)
     return RunStarted(
@@ -228,16 +257,16 @@ def _started(run: Run, state: GlobalState, model: LanguageModel, plans: list[Wor
         seconds=state.progress.seconds,
         run=run.identity.run,
         recipe=run.recipe.name,
-        nodes=[site.name for site in run.sites if site.trains],
+        nodes=[POOLED] if pooled else [silo.name for silo in run.recipe.silo],
         nodes_per_round=1 if pooled else run.recipe.nodes_per_round,
         rounds=run.recipe.federation.rounds,
         tau=run.recipe.federation.tau,
         parameters=sum(tensor.numel() for tensor in weights.values()),
         payload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
         first_round=state.progress.round,
-        device=", ".join(sorted({plan.device for plan in plans})),
-        workers=len(plans),
-        threads=plans[0].threads,
+        device=setting.device,
+        workers=setting.workers,
+        threads=setting.threads,
     )
 
 

@@ -79,6 +79,11 @@ class RunFolder:
         """Output of worker processes."""
         return self.path / "logs"
 
+    @property
+    def operator(self) -> Path:
+        """What a person tells the Aggregator while it runs."""
+        return self.path / "operator"
+
     def node(self, name: str) -> Path:
         """What belongs to one owner."""
         return self.path / "nodes" / name
@@ -87,6 +92,18 @@ class RunFolder:
         """Give a new run, whose recipe is written, its identity."""
         identity = Identity(
             run=secrets.token_hex(8),
+            created=time.time(),
+            photon=__version__,
+            vocab_size=vocab_size,
+            recipe_sha256=sha256(self.recipe.read_bytes()).hexdigest(),
+        )
+        write_atomic(self.path / "run.json", identity.model_dump_json(indent=1) + "\n")
+        return identity
+
+    def adopt_identity(self, run: str, vocab_size: int) -> Identity:
+        """At a node: this folder, whose recipe is written, belongs to the Aggregator's run of that identity."""
+        identity = Identity(
+            run=run,
             created=time.time(),
             photon=__version__,
             vocab_size=vocab_size,

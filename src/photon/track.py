@@ -148,6 +148,10 @@ class Tracker:
         self._displays = list(displays)
         self._metrics = metrics
 
+    def add(self, display: Display) -> None:
+        """Show what comes from now on there too."""
+        self._displays.append(display)
+
     def write(self, event: Event) -> None:
         """Record and show an event."""
         if self._metrics is not None:

@@ -66,8 +66,8 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
     """
     base = (root or Path.cwd()).resolve()
     work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
-    sources = {silo.name: [work.found(silo, spec) for spec in silo.text] for silo in recipe.silo}
-    tokenizer, tokenizer_folder = work.tokenizer(sources)
+    sources = {silo.name: [work.found(silo, spec) for spec in _text_of(silo)] for silo in recipe.silo}
+    tokenizer, tokenizer_folder = work.tokenizer(work.shared_text() or sources)
     silos = {
         name: SiloData(
             name, work.folder / _SILOS / name, [work.shards(name, one, len(parts), tokenizer) for one in parts]
@@ -75,6 +75,30 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
         for name, parts in sources.items()
     }
     return Prepared(tokenizer, tokenizer_folder, silos)
+
+
+def prepare_tokenizer(recipe: Recipe, root: Path | None = None, progress: Report | None = None) -> Tokenizer:
+    """The tokenizer alone, for an Aggregator that has no silo's text: given, or trained on `data.tokenizer_text`.
+
+    Raises DataError if the recipe would train it on text that stays with its owners.
+    """
+    base = (root or Path.cwd()).resolve()
+    work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
+    shared = work.shared_text()
+    if recipe.data.tokenizer == "train" and not shared:
+        raise DataError(
+            'data.tokenizer = "train" needs text, and the owners\' text stays with them: name text of your own in '
+            "data.tokenizer_text (builtin:core, for instance), or a finished tokenizer in data.tokenizer"
+        )
+    return work.tokenizer(shared)[0]
+
+
+def _text_of(silo: SiloConfig) -> list[str]:
+    if not silo.text:
+        raise DataError(
+            f"silo {silo.name} has no text: name it in the recipe, or let its owner join from elsewhere (photon node)"
+        )
+    return silo.text
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,13 @@ class _Workplace:
     base: Path
     folder: Path
     report: Report
+
+    def shared_text(self) -> dict[str, list[Source]]:
+        """The sources of `data.tokenizer_text`, as those of one owner; empty if there are none."""
+        if not self.config.tokenizer_text or self.config.tokenizer != "train":
+            return {}
+        shared = SiloConfig(name="tokenizer_text", text=self.config.tokenizer_text)
+        return {shared.name: [self.found(shared, spec) for spec in shared.text]}
 
     def found(self, silo: SiloConfig, spec: str) -> Source:
         """A source of `silo`, without what this preparation itself keeps in a folder that the source names."""

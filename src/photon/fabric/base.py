@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from photon.events import NodeProgress
-from photon.link.update import Sealed
+from photon.link.update import Sealed, Serialised
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Arrival:
     """Serialised reply of the node that the fabric knows to have sent it."""
 
     node: str
-    message: bytes | Sealed
+    message: Serialised
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ tried once, with a timeout, and the caller decides.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +83,7 @@ __all__ = [
     "HEARTBEAT_S",
     "MESSAGE_TYPE",
     "PROTOBUF_MEDIA_TYPE",
+    "RUN_ENDED",
     "SUPERLINK_NODE_ID",
     "TIMESTAMP_HEADER",
     "AcquireTaskRequest",
@@ -134,12 +134,14 @@ __all__ = [
     "push_objects",
     "remove_content_from_message",
     "sign_message",
-    "superlink_command",
+    "superlink_arguments",
+    "superlink_main",
 ]
 
 CALL_TIMEOUT_S = 10.0
 HEARTBEAT_S = 10.0  # the least that Flower takes; a node is offline after two
 MESSAGE_TYPE = "query.photon"
+RUN_ENDED = 2007  # ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED: a call about a run of Flower's that is over
 _OBJECT_TIMEOUT_S = 15.0
 _RECORD = "photon"
 _MAX_OBJECTS = 16
@@ -148,11 +150,11 @@ Content = dict[str, str | bytes]
 
 
 class FlowerDownError(PhotonError):
-    """A call to Flower failed; `status` is its HTTP status, 0 if there was no answer at all."""
+    """A call to Flower failed; `status` is its HTTP status, 0 if there was no answer at all; `code` is Flower's own."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, code: int = 0) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
 
 
 def flower_environment(base: Mapping[str, str], home: Path) -> dict[str, str]:
@@ -165,13 +167,19 @@ def flower_environment(base: Mapping[str, str], home: Path) -> dict[str, str]:
     }
 
 
-def superlink_command(port: int, database: Path, secret_file: Path) -> list[str]:
-    """How to start a SuperLink on loopback that runs nothing by itself and keeps its messages on disk."""
-    program = Path(sys.executable).with_name("flower-superlink")
+def superlink_arguments(port: int, database: Path, secret_file: Path) -> list[str]:
+    """Arguments of a SuperLink on loopback that runs nothing by itself and keeps its messages on disk."""
     return [
-        *(str(program), "--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
+        *("--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
         *("--database", str(database), "--superexec-auth-secret-file", str(secret_file)),
     ]
+
+
+def superlink_main() -> None:
+    """Flower's own program, in this process; it reads `sys.argv`."""
+    from flwr.superlink.cli.flower_superlink import flower_superlink  # nodes need none of what it imports
+
+    flower_superlink()
 
 
 def new_message(metadata: Metadata, content: Content) -> Message:
@@ -190,7 +198,8 @@ def failures(what: str) -> Iterator[None]:
         said = FlowerError.from_json(error.response.text)
         reason = f"[{said.code}] {said.message}" if said else error.response.text[:200]
         status = error.response.status_code
-        raise FlowerDownError(f"Flower refused to {what}: HTTP {status} {reason}", status) from error
+        code = int(said.code) if said else 0
+        raise FlowerDownError(f"Flower refused to {what}: HTTP {status} {reason}", status, code) from error
     except (httpx.HTTPError, ObjectPushError, OSError, ValueError) as error:
         raise FlowerDownError(f"cannot {what} through Flower: {type(error).__name__}: {error}") from error
 

@@ -111,9 +111,16 @@ class WorkerProcess:
         return self.is_ready and self._process.poll() is not None
 
     def ask_to_hand_in(self) -> None:
-        """Ask it to stop training after the step at hand and to reply with what it has."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        """Ask it to stop training after the step at hand and to reply with what it has; asking again does no harm."""
+        self._signal(signal.SIGTERM)
+
+    def ask_to_drop(self) -> None:
+        """Ask it to stop training and to forget the task at hand; asking again does no harm."""
+        self._signal(signal.SIGUSR1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.is_ready and self._process.poll() is None:  # before it is ready, a signal would end it
+            self._process.send_signal(number)
 
     def kill(self) -> None:
         """End it and whatever it started, now. Its commits are atomic, so there is nothing to wait for."""

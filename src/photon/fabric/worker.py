@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import argparse
 import os
-import select
 import signal
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Event, Thread
 
 import torch
 
 from photon.config import Recipe
 from photon.errors import PhotonError
 from photon.events import NodeProgress
+from photon.fabric.lifeline import end_with
 from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.update import Sealed, Serialised, decode_message, expect_task
 from photon.model.build import build_model
 from photon.node.device import WorkerPlan, configure_process
-from photon.node.node import Node, failure_reply
+from photon.node.node import Node, Order, failure_reply
 from photon.node.trainer import Trainer
 from photon.recipe import load_recipe
 from photon.runfolder import RunFolder
@@ -45,14 +44,18 @@ class Worker:
         model = build_model(self.recipe.model, self.identity.vocab_size, length, self.recipe.seed)
         self.trainer = Trainer(model, self.recipe.node, torch.device(plan.device), self.recipe.total_steps)
         self.nodes: dict[str, Node] = {}
-        self.leaving = Event()  # set by SIGTERM: hand in what there is
+        self.order: Order = "go"  # changed by signals, for the task at hand
+
+    def give_order(self, order: Order) -> None:
+        """How to go on with the task at hand; forgotten when the next one begins."""
+        self.order = order
 
     def node(self, name: str) -> Node:
         """The virtual node of that name, opened on first use."""
         if name not in self.nodes:
             folder = self.run.node(name)
             site = open_site(SiteFile.model_validate_json((folder / SITE_FILE).read_bytes()), folder, self.recipe)
-            self.nodes[name] = Node(self.identity.run, site, self.trainer, self.recipe, self.leaving.is_set)
+            self.nodes[name] = Node(self.identity.run, site, self.trainer, self.recipe, lambda: self.order)
         return self.nodes[name]
 
     def answer(self, data: Serialised, connection: Connection) -> tuple[bytes, Sealed]:
@@ -61,6 +64,7 @@ class Worker:
         Errors of ours leave the worker as good as it was: every task brings its own weights and state. After any
         other (a device's own error, memory that ran out) nothing here is certain, so that reply is the last.
         """
+        self.order = "go"
         name = expect_task(decode_message(data)).node
         last = 0.0
 
@@ -94,24 +98,6 @@ def serve(connection: Connection, worker: Worker) -> None:
         return  # the Aggregator's process is gone: nothing is left to do
 
 
-def end_with(descriptor: int) -> None:
-    """End this process, and what it started, as soon as the other end of the socket is closed.
-
-    However the Aggregator's process ends, its socket closes, and no worker of it is left computing. State is committed
-    atomically, so that may happen at any instant.
-    """
-
-    def wait() -> None:
-        poll = select.poll()
-        poll.register(descriptor, 0)  # hang-up and error only; they need not be asked for
-        poll.poll()
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
-
-    Thread(target=wait, name="photon-end-with", daemon=True).start()
-
-
 def main() -> None:
     """Entry point of `python -m photon.fabric.worker`."""
     parser = argparse.ArgumentParser(description="worker process of the local fabric; started by photon train")
@@ -125,7 +111,8 @@ def main() -> None:
     plan = WorkerPlan(arguments.device, arguments.threads)
     configure_process(plan)
     worker = Worker(RunFolder(arguments.run), plan)
-    signal.signal(signal.SIGTERM, lambda *_: worker.leaving.set())
+    signal.signal(signal.SIGTERM, lambda *_: worker.give_order("hand in"))
+    signal.signal(signal.SIGUSR1, lambda *_: worker.give_order("drop"))
     serve(Connection(arguments.socket), worker)
 
 

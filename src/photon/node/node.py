@@ -1,10 +1,14 @@
-"""LLM Node: answers one task at a time, serialised messages both ways. Between tasks everything it knows is on its disk."""
+"""LLM Node: answers one task at a time, serialised messages both ways.
+
+Between tasks everything it knows is on its disk.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,10 +17,10 @@ from torch import Tensor
 from photon.config import Recipe
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
-from photon.errors import WireError
+from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
-from photon.link.codecs import CODECS
 from photon.link.body import Body
+from photon.link.codecs import CODECS
 from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex, tensor_chunks
 from photon.link.update import (
     EMPTY_SHA256,
@@ -35,6 +39,12 @@ from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
+
+Order = Literal["go", "hand in", "drop"]
+
+
+class TaskDroppedError(PhotonError):
+    """Training stopped because its task is not wanted any more; the node's state is that from before it."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,8 @@ class _Outcome:
 class Node:
     """One owner's training site. Virtual nodes of one device share `trainer`; nothing else is shared.
 
-    `leaving` becomes true when the owner wants the site back: training then stops after the step at hand, and what was
-    done is handed in.
+    `order` is looked at after each step: on "hand in" training stops there and what was done is handed in; on "drop"
+    nobody wants the work any more, and it is as if it had never begun.
     """
 
     def __init__(
@@ -104,9 +114,9 @@ class Node:
         site: Site,
         trainer: Trainer,
         recipe: Recipe,
-        leaving: Callable[[], bool] = lambda: False,
+        order: Callable[[], Order] = lambda: "go",
     ) -> None:
-        self.run, self.site, self.trainer, self.leaving = run, site, trainer, leaving
+        self.run, self.site, self.trainer, self.order = run, site, trainer, order
         self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
 
     def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
@@ -122,9 +132,7 @@ class Node:
             raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
         stored = self.site.replies.find(task) if self.site.replies and task.tau else None
         if stored is not None and self._led_to(task.round, stored.position_after):
-            if stored.evaluation is not None or not task.evaluate:
-                evaluation = stored.evaluation if task.evaluate else None
-                return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), evaluation)
+            return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), stored.evaluation)
         base = decode_tensors(message.body)
         load_weights(self.trainer.model, base)
         evaluation = None
@@ -160,8 +168,10 @@ class Node:
             on_progress(
                 NodeProgress(node=task.node, round=task.round, state="training", step=step, steps=task.tau, loss=loss)
             )
-            # Late, or leaving: hand in what there is, weighted by its tokens.
-            return time.monotonic() < deadline and not self.leaving()
+            order = self.order()
+            if order == "drop":
+                raise TaskDroppedError(f"round {task.round} was dropped after {step} steps; nothing of it is kept")
+            return time.monotonic() < deadline and order == "go"  # late: hand in what there is, weighted by its tokens
 
         local = self.trainer.train(
             self.site.stream, state.position, self.site.batch_size, task.tau, task.sequential_step, on_step

@@ -87,4 +87,5 @@ def _work(task: Task) -> dict[str, object]:
         "base_sha256": task.base_sha256,
         "sequential_step": task.sequential_step,
         "tau": task.tau,
+        "evaluate": task.evaluate,
     }

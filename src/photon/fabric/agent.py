@@ -1,0 +1,358 @@
+"""`photon node`: one owner's node. Outbound connections only; nothing that the network sends is ever executed.
+
+The main thread asks Flower for questions and answers them (`photon.fabric.control`); a second one keeps the node
+online; the task itself is done by `photon.fabric.errands`. When a run begins, its text is prepared on a thread of its
+own. A network that is gone is waited for; an identity that is refused ends the node with a sentence that says what to
+do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+from photon import __version__
+from photon.data.build import Progress
+from photon.errors import InputError, PhotonError, WireError
+from photon.fabric.card import read_card
+from photon.fabric.control import NodeStatus, read_ask, status_content
+from photon.fabric.errands import Errands
+from photon.fabric.fleet_client import FleetClient, Question
+from photon.fabric.flwr_internals import RUN_ENDED, FlowerDownError
+from photon.fabric.home import NodeHome, PreparedRun, prepare_run
+from photon.link.client import GatewayClient, LinkDownError, LinkError, LinkRefusedError
+from photon.siteconfig import SiteConfig
+
+POLL_S = 1.0
+_BEAT_S = 8.0
+_LONGEST_PAUSE_S = 15.0
+_WRITE_TRAFFIC_S = 30.0
+_REFUSED = (401, 403)
+LEAVE_DEADLINE_S = 120.0
+
+
+class NodeRefusedError(PhotonError):
+    """The Aggregator does not take this node; trying again would not change that."""
+
+
+@dataclass(frozen=True)
+class NodeOptions:
+    """Who the node is, where it joins and what its owner decided."""
+
+    name: str
+    url: str
+    context: ssl.SSLContext
+    site: SiteConfig
+    home: NodeHome
+    leave_deadline_s: float = LEAVE_DEADLINE_S
+
+
+@dataclass
+class _Preparation:
+    """A run that is being prepared, or could not be."""
+
+    run: str
+    prepared: PreparedRun | None = None
+    note: str = "preparing"
+    failed: Exception | None = None
+    thread: Thread | None = field(default=None, repr=False)
+
+
+class Agent:
+    """The node's process. `run` returns when the node has left; raises what its owner must mend."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        self._options = options
+        self._client = GatewayClient(options.url, options.context)
+        self._fleet = FleetClient(options.url, options.context)
+        self._news, self._leaving, self._stopping = Event(), Event(), Event()
+        self._preparation: _Preparation | None = None
+        self._errands: Errands | None = None
+        self._held: Question | None = None
+        self._answer_at = 0.0
+        self._traffic_lock = Lock()
+        self._today = datetime.now().date()
+        self._bytes_today = options.home.bytes_of(self._today)
+        self._leave_by: float | None = None
+        self._told_down = False
+        self._delivered = ""  # nonce of the finished task that was told to the Aggregator
+        self._traffic_written = time.monotonic()
+
+    def run(self) -> None:
+        """Take part until the owner says otherwise (SIGTERM or SIGINT: hand in what there is, then leave)."""
+        options = self._options
+        options.home.path.mkdir(parents=True, exist_ok=True)
+        with self._locked(), self._signals():
+            say(f"node {options.name}, Aggregator {options.url}, state in {options.home.path}")
+            beats = Thread(target=self._beat, name="photon-heartbeat", daemon=True)
+            try:
+                self._join()
+                beats.start()
+                while not self._has_left():
+                    self._turn()
+            finally:
+                self._stopping.set()
+                self._end()
+
+    # Joining, staying and leaving.
+
+    def _join(self) -> None:
+        """Learn of the run, and go online. Tries for as long as it takes; a refusal ends it."""
+        pause_s = 1.0
+        while not self._leaving.is_set():
+            try:
+                self._learn_of_run()
+                self._options.home.keep_id(self._fleet.join(self._options.home.last_id()))
+            except (FlowerDownError, LinkDownError) as error:
+                self._down(error)
+            except LinkRefusedError as error:
+                raise NodeRefusedError(str(error)) from error
+            else:
+                say("online")
+                self._told_down = False
+                return
+            self._leaving.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(_BEAT_S):
+            try:
+                if not self._fleet.heartbeat():
+                    self._fleet.join(self._options.home.last_id())
+            except FlowerDownError:
+                pass  # the main thread meets the same trouble, and says so
+
+    def _has_left(self) -> bool:
+        if not self._leaving.is_set():
+            return False
+        if self._leave_by is None:
+            self._leave_by = time.monotonic() + self._options.leave_deadline_s
+            say(f"leaving: handing in what there is, at most {self._options.leave_deadline_s:g} s")
+        is_busy = self._errands is not None and self._errands.hand_in()
+        is_handed_in = self._errands is not None and self._errands.standing().nonce == self._delivered
+        return not is_busy or is_handed_in or time.monotonic() > self._leave_by
+
+    def _end(self) -> None:
+        if self._errands is not None:
+            self._errands.close()
+        with suppress(FlowerDownError):  # if that fails, it is missed after two heartbeats
+            self._fleet.leave()
+        self._fleet.close()
+        self._client.close()
+        self._write_traffic()
+        say("left")
+
+    # One turn of the main thread.
+
+    def _turn(self) -> None:
+        self._news.wait(POLL_S)
+        try:
+            self._follow_preparation()
+            question = self._fleet.pull()
+            if question is not None:
+                if self._held is not None:
+                    self._answer(self._held)  # the one before is answered by what is known now
+                self._hear(question)
+            if self._held is not None and (self._news.is_set() or time.monotonic() >= self._answer_at):
+                self._news.clear()
+                self._answer(self._held)
+                self._held = None
+            self._told_down = False
+            if time.monotonic() - self._traffic_written > _WRITE_TRAFFIC_S:
+                self._write_traffic()
+        except FlowerDownError as error:
+            self._held = None
+            self._refused(error)
+            if error.code != RUN_ENDED:  # the question was of a run of Flower's that is over; another will come
+                self._down(error)
+            self._leaving.wait(2.0)
+
+    def _hear(self, question: Question) -> None:
+        self._held, self._answer_at = question, question.received
+        try:
+            ask, head = read_ask(question.content)
+            self._answer_at = question.received + ask.wait_s
+            if self._preparation is None or (ask.run != self._preparation.run and self._preparation.thread is None):
+                self._learn_of_run()
+            if self._errands is None or self._preparation is None or ask.run != self._preparation.run:
+                return
+            if ask.dropped:
+                self._errands.drop(ask.dropped)
+            if not head or self._leaving.is_set():
+                return
+            resting = self._resting(2 * ask.base_bytes)
+            if resting and self._errands.standing().phase in ("idle", "done"):
+                self._errands.refuse(head, f"CapReachedError: {resting}")
+            else:
+                self._errands.offer(head, ask.base_bytes)
+        except (WireError, LinkError) as error:
+            say(f"a question that cannot be followed: {error}")
+
+    def _answer(self, question: Question) -> None:
+        standing = self._errands.standing() if self._errands is not None else None
+        preparation = self._preparation
+        prepared = preparation.prepared if preparation is not None else None
+        resting = self._resting(0)
+        state = "leaving" if self._leaving.is_set() else "resting" if resting else "ready" if standing else "preparing"
+        status = NodeStatus(
+            photon=__version__,
+            run=prepared.run if prepared is not None and standing is not None else "",
+            state=state,  # type: ignore[arg-type]  # one of the four that stand above
+            note=(resting or (standing.note if standing else preparation.note if preparation else ""))[:300],
+            nonce=standing.nonce if standing else "",
+            phase=standing.phase if standing else "idle",  # type: ignore[arg-type]  # Standing only has such
+            round=standing.round if standing else 0,
+            step=standing.step if standing else 0,
+            steps=standing.steps if standing else 0,
+            loss=standing.loss if standing else None,
+            body_bytes=standing.body_bytes if standing else 0,
+            tokens_available=prepared.tokens_available if prepared else 0,
+            sources=min(64, prepared.sources) if prepared else 1,
+            tokens_per_second=standing.tokens_per_second if standing else 0.0,
+            device=prepared.plan.device if prepared else "",
+        )
+        self._fleet.reply(question, status_content(status, standing.head if standing else b""))
+        if standing is not None and standing.phase == "done":
+            self._delivered = standing.nonce
+
+    # The run, and its preparation.
+
+    def _learn_of_run(self) -> None:
+        """Ask the gateway which run there is, and begin to prepare it unless that is done or going on."""
+        card, recipe = read_card(self._client.json("GET", "/v1/run"))
+        preparation = self._preparation
+        if preparation is not None and (preparation.run == card.run or preparation.thread is not None):
+            return
+        if self._errands is not None:
+            self._errands.close()
+            self._errands = None
+        preparation = _Preparation(card.run)
+
+        def report(progress: Progress) -> None:
+            share = f" {progress.done_bytes / progress.total_bytes:.0%}" if progress.total_bytes else ""
+            preparation.note = f"{progress.phase}{share}"
+
+        def work() -> None:
+            options = self._options
+            try:
+                preparation.prepared = prepare_run(
+                    card, recipe, options.name, options.site, options.home, self._client, report
+                )
+            except (PhotonError, OSError) as error:
+                preparation.failed = error
+
+        say(f"run {card.run}: preparing")
+        preparation.thread = Thread(target=work, name="photon-prepare", daemon=True)
+        self._preparation = preparation
+        preparation.thread.start()
+
+    def _follow_preparation(self) -> None:
+        preparation = self._preparation
+        if preparation is None or preparation.thread is None or preparation.thread.is_alive():
+            return
+        preparation.thread = None
+        if isinstance(preparation.failed, LinkDownError):
+            self._preparation = None  # the next question begins it again
+            self._down(preparation.failed)
+        elif preparation.failed is not None:
+            raise preparation.failed
+        elif preparation.prepared is not None:
+            prepared = preparation.prepared
+            say(
+                f"run {prepared.run}: ready on {prepared.plan.device}, {prepared.plan.threads} threads, "
+                f"{prepared.tokens_available:,} tokens"
+            )
+            site, home = self._options.site, self._options.home
+            self._errands = Errands(prepared, home, self._client, site.streams, self._news, self._count)
+            self._news.set()
+
+    # What the owner grants.
+
+    def _resting(self, coming_bytes: int) -> str:
+        """Why the node takes no task now; empty if it does."""
+        caps = self._options.site.caps
+        if not caps.is_open(datetime.now()):
+            return "outside its hours"
+        limit = caps.daily_bytes
+        if limit is not None and self._bytes_today + coming_bytes > limit:
+            return "its bytes for today are used up"
+        return ""
+
+    def _count(self, count: int) -> None:
+        with self._traffic_lock:
+            today = datetime.now().date()
+            if today != self._today:
+                self._today, self._bytes_today = today, 0
+            self._bytes_today += count
+
+    def _write_traffic(self) -> None:
+        self._traffic_written = time.monotonic()
+        with self._traffic_lock:
+            self._options.home.keep_bytes(self._today, self._bytes_today)
+
+    # Trouble.
+
+    def _down(self, error: Exception) -> None:
+        if not self._told_down:
+            say(f"no connection, trying again: {error}")
+            self._told_down = True
+
+    def _refused(self, error: FlowerDownError) -> None:
+        """A refusal by the gateway is final; one by the SuperLink means that it has forgotten this node."""
+        if error.status not in _REFUSED or error.code == RUN_ENDED:
+            return
+        try:
+            self._client.json("GET", "/v1/run")
+        except LinkRefusedError as refusal:
+            raise NodeRefusedError(str(refusal)) from error
+        except LinkError:
+            return
+        try:
+            self._options.home.keep_id(self._fleet.join(self._options.home.last_id()))
+        except FlowerDownError:
+            return
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        handle = os.open(self._options.home.lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise InputError(f"{self._options.home.path} is used by another photon node") from None
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def leave(number: int, frame: object) -> None:
+            if self._leaving.is_set():
+                os._exit(1)  # asked twice: at once
+            self._leaving.set()
+            self._news.set()
+
+        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line of the node's own log."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def default_home(name: str) -> Path:
+    """Where a node keeps its state unless told otherwise."""
+    return Path(f"photon-node-{name}")

@@ -1,0 +1,405 @@
+"""A node's open task, from the first byte of its base to the last byte of its update, on a thread of its own.
+
+The Aggregator asks for a task again and again; the same one changes nothing. The same work under another nonce (the
+Aggregator was started anew) is not begun again: its reply will carry the new nonce. Other work ends what is going on.
+The trainer is a worker process that stays: model, compiled graph and optimizer are warm when the next task comes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from threading import Condition, Event, Thread
+
+from photon.errors import PhotonError, WireError
+from photon.events import NodeProgress
+from photon.fabric.home import NodeHome, PreparedRun
+from photon.fabric.local import WORKER
+from photon.fabric.process import Ended, Signal, WorkerProcess
+from photon.link.body import FileBody, whole_file
+from photon.link.client import GatewayClient
+from photon.link.transfer import download, upload
+from photon.link.update import (
+    MAX_HEADER_BYTES,
+    Reply,
+    Sealed,
+    Serialised,
+    Task,
+    decode_message,
+    expect_reply,
+    expect_task,
+    seal,
+)
+from photon.node.device import worker_environment
+from photon.node.node import failure_reply
+from photon.node.trainer import TrainingError
+
+MAX_ATTEMPTS = 3  # of one task, when its worker dies
+_WORKER_START_S = 600.0
+_POLL_S = 0.5
+_UPLOAD_SLACK_S = 3600.0  # past its deadline an update may still be wanted: the Aggregator says when it is not
+_LEAST_TRAINING_S = 1.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the open task is, as the next answer says it."""
+
+    phase: str = "idle"
+    nonce: str = ""
+    round: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    note: str = ""
+    head: bytes = b""  # of the finished reply
+    body_bytes: int = 0
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    task: Task
+    head: bytes
+    base_bytes: int
+    received: float
+
+
+class _DroppedError(Exception):
+    """The task at hand is not wanted any more."""
+
+
+class Errands:
+    """Does the newest task it was offered. `news` is set when an answer should not wait longer.
+
+    `count` is told of every model byte that crossed, and raises what keeps one from crossing.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        home: NodeHome,
+        client: GatewayClient,
+        streams: int,
+        news: Event,
+        count: Callable[[int], None],
+    ) -> None:
+        self._prepared, self._home, self._client, self._streams = prepared, home, client, streams
+        self._news, self._count = news, count
+        self._changed = Condition()
+        self._next: _Job | None = None
+        self._current: _Job | None = None
+        self._standing = Standing()
+        self._signals: SimpleQueue[tuple[WorkerProcess, Signal]] = SimpleQueue()
+        self._worker: WorkerProcess | None = None
+        self._is_training = False
+        self._closing = False
+        self._thread = Thread(target=self._loop, name="photon-errands", daemon=True)
+        self._thread.start()
+
+    def standing(self) -> Standing:
+        """How far it is now."""
+        with self._changed:
+            return self._standing
+
+    def offer(self, head: bytes, base_bytes: int) -> None:
+        """The task that is open for this node. Raises WireError if it is none for this run."""
+        task = expect_task(decode_message(Sealed(head, b"")))
+        if task.run != self._prepared.run:
+            raise WireError(f"a task of run {task.run}, this node is prepared for {self._prepared.run}")
+        with self._changed:
+            newest = self._next or self._current
+            if newest is not None and newest.task.nonce == task.nonce:
+                return
+            job = _Job(task, head, base_bytes, time.monotonic())
+            if newest is not None and _is_same_work(newest.task, task):
+                self._rename(job)
+                return
+            self._next = job
+            self._interrupt()
+            self._changed.notify_all()
+
+    def refuse(self, head: bytes, reason: str) -> None:
+        """Answer a task with a failure without beginning it. Raises WireError if it is none."""
+        task = expect_task(decode_message(Sealed(head, b"")))
+        job = _Job(task, head, 0, time.monotonic())
+        with self._changed:
+            if self._standing.nonce == task.nonce:
+                return
+            self._current = job
+        self._finish(job, failure_reply(Sealed(head, b""), task.node, reason))
+
+    def drop(self, nonce: str) -> None:
+        """The Aggregator no longer waits for this task."""
+        with self._changed:
+            if self._next is not None and self._next.task.nonce == nonce:
+                self._next = None
+            if self._current is not None and self._current.task.nonce == nonce:
+                self._current = None
+                self._standing = Standing(tokens_per_second=self._standing.tokens_per_second)
+                self._interrupt()
+
+    def hand_in(self) -> bool:
+        """Stop training after the step at hand and hand in what there is; whether anything is going on."""
+        with self._changed:
+            if self._is_training and self._worker is not None:
+                self._worker.ask_to_hand_in()
+            return self._current is not None or self._next is not None
+
+    def close(self) -> None:
+        """End the worker and the thread; what was not committed is lost, and not skipped."""
+        with self._changed:
+            self._closing = True
+            self._interrupt()
+            self._changed.notify_all()
+        self._thread.join(_POLL_S * 4)
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+
+    def _rename(self, job: _Job) -> None:
+        """The work at hand, or the finished reply, under another nonce."""
+        if self._next is not None:
+            self._next = replace(job, received=self._next.received)
+            return
+        self._current = replace(job, received=self._current.received if self._current else job.received)
+        head = self._standing.head
+        if head:
+            reply = expect_reply(decode_message(Sealed(head, b"")))
+            head = seal(reply.model_copy(update={"nonce": job.task.nonce})).head
+        self._standing = replace(self._standing, nonce=job.task.nonce, head=head)
+
+    def _interrupt(self) -> None:
+        if self._is_training and self._worker is not None:
+            self._worker.ask_to_drop()
+
+    # The thread.
+
+    def _loop(self) -> None:
+        self._start_worker()
+        while True:
+            with self._changed:
+                while self._next is None and not self._closing:
+                    self._changed.wait(_POLL_S)
+                if self._closing:
+                    return
+                job, self._next = self._next, None
+                self._current = job
+            if job is not None:
+                self._run(job)
+
+    def _run(self, job: _Job) -> None:
+        try:
+            reply = self._do(job)
+        except _DroppedError:
+            return
+        except (PhotonError, OSError) as error:
+            print(f"round {job.task.round}: {type(error).__name__}: {error}", flush=True)
+            reply = failure_reply(Sealed(job.head, b""), job.task.node, public_reason(error))
+        self._finish(job, reply)
+
+    def _do(self, job: _Job) -> Sealed:
+        began = time.monotonic()
+        base = self._base(job)
+        download_s = time.monotonic() - began
+        # What is left for training: the way up takes about as long as the way down.
+        left_s = job.task.deadline_s - (time.monotonic() - job.received) - 1.5 * download_s
+        task = job.task.model_copy(update={"deadline_s": max(_LEAST_TRAINING_S, left_s)})
+        reply = self._train(job, seal(task, base))
+        self._check(job)
+        if isinstance(reply.body, FileBody) and len(reply.body):
+            self._show(job, phase="sending")
+            header = expect_reply(decode_message(Sealed(reply.head, b"")))
+            upload(
+                self._client,
+                header.body_sha256,
+                reply.body,
+                streams=self._streams,
+                deadline_s=job.task.deadline_s + _UPLOAD_SLACK_S,
+                on_bytes=lambda count: self._crossed(job, count),
+            )
+        return reply
+
+    def _base(self, job: _Job) -> FileBody:
+        """The base in a file, downloaded unless it is here; the bases of other rounds are removed."""
+        self._show(job, phase="downloading")
+        self._home.bases.mkdir(parents=True, exist_ok=True)
+        wanted = self._home.bases / job.task.base_sha256
+        for old in self._home.bases.iterdir():
+            if not old.name.startswith(wanted.name):
+                old.unlink(missing_ok=True)
+        download(
+            self._client,
+            job.task.base_sha256,
+            wanted,
+            streams=self._streams,
+            deadline_s=job.task.deadline_s,
+            on_bytes=lambda count: self._crossed(job, count),
+        )
+        body = whole_file(wanted)
+        if len(body) != job.base_bytes:
+            raise WireError(f"the base has {len(body)} bytes, the Aggregator announced {job.base_bytes}")
+        return body
+
+    def _crossed(self, job: _Job, count: int) -> None:
+        self._count(count)
+        self._check(job)
+
+    def _check(self, job: _Job) -> None:
+        with self._changed:
+            if self._closing or self._next is not None or self._current is None:
+                raise _DroppedError
+            if not _is_same_work(self._current.task, job.task):
+                raise _DroppedError
+
+    def _train(self, job: _Job, message: Sealed) -> Sealed:
+        """The worker's reply. A worker that dies is started again and the task repeated from the state before."""
+        self._show(job, phase="waiting", note="starting the trainer")
+        deaths: list[str] = []
+        while len(deaths) < MAX_ATTEMPTS:
+            worker = self._worker if self._worker is not None and not self._worker.died_idle else self._start_worker()
+            with self._changed:
+                self._is_training = True
+            worker.give(message)
+            try:
+                return self._await_reply(job, worker)
+            except TrainingDiedError as error:
+                deaths.append(str(error))
+                print(f"round {job.task.round}: {error}", flush=True)
+            finally:
+                with self._changed:
+                    self._is_training = False
+        raise TrainingDiedError(f"its worker died {len(deaths)} times, at last: {deaths[-1]}")
+
+    def _await_reply(self, job: _Job, worker: WorkerProcess) -> Sealed:
+        started = time.monotonic()
+        while True:
+            try:
+                sender, signal = self._signals.get(timeout=_POLL_S)
+            except Empty:
+                self._repeat_orders(job, worker)
+                if not worker.is_ready and time.monotonic() - started > _WORKER_START_S:
+                    self._end_worker()
+                    raise TrainingDiedError(f"the trainer did not start in {_WORKER_START_S:g} s") from None
+                continue
+            if sender is not worker:
+                continue  # the last words of one that was ended
+            if isinstance(signal, NodeProgress):
+                self._progress(job, signal)
+                continue
+            if isinstance(signal, Ended):
+                self._end_worker()
+                logs = self._prepared.folder.logs
+                raise TrainingDiedError(f"the trainer died ({signal.reason}); its log is in {logs}")
+            if signal.is_last:
+                self._end_worker()
+            return _without_secrets(signal.message)
+
+    def _repeat_orders(self, job: _Job, worker: WorkerProcess) -> None:
+        """A worker that was not ready, or had not begun, has heard no order. Raises _DroppedError while closing."""
+        with self._changed:
+            if self._closing:
+                raise _DroppedError
+        try:
+            self._check(job)
+        except _DroppedError:
+            worker.ask_to_drop()
+
+    def _progress(self, job: _Job, progress: NodeProgress) -> None:
+        phase = progress.state if progress.state in ("training", "evaluating", "sending") else "waiting"
+        self._show(job, phase=phase, step=progress.step, steps=progress.steps, loss=progress.loss)
+
+    def _show(
+        self,
+        job: _Job,
+        *,
+        phase: str,
+        step: int = 0,
+        steps: int = 0,
+        loss: float | None = None,
+        note: str = "",
+    ) -> None:
+        with self._changed:
+            if self._current is None or not _is_same_work(self._current.task, job.task):
+                return
+            self._standing = Standing(
+                phase=phase,
+                nonce=self._current.task.nonce,
+                round=job.task.round,
+                step=step,
+                steps=steps,
+                loss=loss,
+                note=note,
+                tokens_per_second=self._standing.tokens_per_second,
+            )
+
+    def _finish(self, job: _Job, reply: Sealed) -> None:
+        with self._changed:
+            if self._current is None or not _is_same_work(self._current.task, job.task):
+                return
+            header = expect_reply(decode_message(Sealed(reply.head, b"")))
+            header = header.model_copy(update={"nonce": self._current.task.nonce})
+            self._standing = Standing(
+                phase="done",
+                nonce=header.nonce,
+                round=job.task.round,
+                step=header.training.steps if header.training else 0,
+                steps=job.task.tau,
+                head=seal(header).head,
+                body_bytes=len(reply.body),
+                tokens_per_second=_speed(header) or self._standing.tokens_per_second,
+            )
+        self._news.set()
+
+    def _start_worker(self) -> WorkerProcess:
+        self._end_worker()
+        prepared = self._prepared
+        prepared.folder.logs.mkdir(parents=True, exist_ok=True)
+        arguments = {"run": prepared.folder.path, "device": prepared.plan.device, "threads": prepared.plan.threads}
+        command = [*WORKER, *(part for key, value in arguments.items() for part in (f"--{key}", str(value)))]
+        environment = worker_environment(prepared.plan, os.environ)
+        with (prepared.folder.logs / "trainer.log").open("ab") as log:
+            worker = WorkerProcess(command, environment, log, MAX_HEADER_BYTES * 2, self._signals)
+        with self._changed:
+            self._worker = worker
+        return worker
+
+    def _end_worker(self) -> None:
+        with self._changed:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+
+
+class TrainingDiedError(PhotonError):
+    """The process that trains ended by itself."""
+
+
+def public_reason(error: Exception) -> str:
+    """Why a task failed, as the Aggregator may know it: an owner's paths and text are in no message to others."""
+    return f"{type(error).__name__}; the node's own log says more"
+
+
+def _without_secrets(message: Serialised) -> Sealed:
+    """The worker's reply as it may leave the site: the reason of a failure can name the owner's paths."""
+    sealed = message if isinstance(message, Sealed) else Sealed(bytes(message), b"")
+    reply = expect_reply(decode_message(sealed))
+    if reply.status == "ok":
+        return sealed
+    print(f"round {reply.round}: {reply.error}", flush=True)
+    kind = reply.error.partition(":")[0]
+    reason = reply.error if kind == TrainingError.__name__ else f"{kind}; the node's own log says more"
+    return seal(reply.model_copy(update={"error": reason}))
+
+
+def _is_same_work(a: Task, b: Task) -> bool:
+    exclude = {"nonce", "deadline_s"}
+    return a.model_dump(exclude=exclude) == b.model_dump(exclude=exclude)
+
+
+def _speed(reply: Reply) -> float:
+    return reply.training.tokens / max(reply.training.seconds, 1e-9) if reply.training else 0.0

@@ -14,7 +14,7 @@ from photon import keys
 from photon.cli_keys import keys_app
 from photon.errors import InputError
 
-COMMANDS = ("init", "node", "revoke", "list")
+COMMANDS = ("init", "node", "aggregator", "operator", "revoke", "list")
 
 
 def run(*words: str | Path) -> str:
@@ -34,6 +34,8 @@ def test_the_commands_are_these() -> None:
     assert {name: [p.opts[0] for p in one.params if p.name != "help"] for name, one in group.commands.items()} == {
         "init": ["folder", "--host", "--days"],
         "node": ["name", "folder", "--out", "--days"],
+        "aggregator": ["folder", "--host", "--days"],
+        "operator": ["folder", "--out"],
         "revoke": ["name", "folder"],
         "list": ["folder"],
     }
@@ -77,16 +79,34 @@ def test_the_default_hosts_are_said_to_be_local(tmp_path: Path) -> None:
     assert "need --host" not in run("init", tmp_path / "more", "--host", "a.org")
 
 
+def test_renewing_the_aggregator_and_another_operator(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    run("init", folder, "--host", "a.org")
+    run("node", "hospital", folder)
+    hospital = (folder / "hospital.key").read_bytes()
+    said = run("aggregator", folder)
+    assert "for a.org, until" in said and "--resume" in said and "new authority" in said
+    said = run("aggregator", folder, "--host", "b.org", "--host", "10.0.0.1", "--days", "30")
+    assert f"for b.org, 10.0.0.1, until {keys.issued(folder)[-1].not_after:%Y-%m-%d}" in said
+    assert (folder / "hospital.key").read_bytes() == hospital
+    assert str(tmp_path / "o.key") in run("operator", folder, "--out", tmp_path / "o.key")
+    assert keys.bundle_identity(tmp_path / "o.key").role == "operator"
+    assert f"photon keys operator {folder}" in run("revoke", "operator", folder)
+    assert "until" in run("operator", folder)
+    assert [one.revoked for one in keys.issued(folder) if one.role == "operator"] == [True, True, False]
+
+
 def test_no_command_prints_a_key(tmp_path: Path) -> None:
     folder = tmp_path / "keys"
     said = run("init", folder) + run("node", "a", folder) + run("list", folder) + run("revoke", "a", folder)
+    said += run("aggregator", folder) + run("operator", folder, "--out", folder / "second.key")
     secrets = [
         line
         for path in folder.iterdir()
         for line in path.read_text().split("END PRIVATE KEY")[0].splitlines()[1:-1]
         if path.suffix in (".key", ".pem")
     ]
-    assert len(secrets) >= 8
+    assert len(secrets) >= 10
     assert not any(secret in said for secret in secrets)
 
 
@@ -98,6 +118,9 @@ def test_no_command_prints_a_key(tmp_path: Path) -> None:
         ["node", "a/b", "DIR"],
         ["node", "b", "DIR", "--days", "0"],
         ["revoke", "b", "DIR"],
+        ["aggregator", "DIR", "--host", "a.org:8443"],
+        ["aggregator", "DIR", "--days", "100000"],
+        ["operator", "DIR"],
     ],
 )
 def test_a_mistake_is_one_clear_sentence_with_exit_code_2(words: list[str], tmp_path: Path) -> None:

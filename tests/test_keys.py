@@ -26,8 +26,10 @@ from photon.keys import (
     client_context,
     create_authority,
     issue_node,
+    issue_operator,
     issued,
     peer_identity,
+    renew_aggregator,
     revoke,
     server_context,
 )
@@ -167,7 +169,7 @@ def test_a_certificate_that_expires_while_its_connection_is_open(ready: Path, mo
 
 def test_an_expired_aggregator_says_so_before_anyone_connects(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, keys.AUTHORITY_DAYS + 1)
-    with pytest.raises(InputError, match=r"aggregator\.pem expired on .*photon keys init"):
+    with pytest.raises(InputError, match=r"aggregator\.pem expired on .*authority has, too.*photon keys init"):
         server_context(ready)
     at(monkeypatch, -1)
     with pytest.raises(InputError, match="clock"):
@@ -393,3 +395,78 @@ def test_a_damaged_record_is_named(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(StateError, match=r"issued\.jsonl, line 3 is damaged"):
         issued(folder)
+
+
+# Renewal
+
+
+def test_a_renewed_aggregator_is_reached_by_the_keys_that_are_out_there(folder: Path) -> None:
+    revoke(folder, "operator")  # and what was revoked stays so
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server = server_context(folder)
+    assert renew_aggregator(folder, ["photon.example.org", "127.0.0.2"], days=30) == ["photon.example.org", "127.0.0.2"]
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {"aggregator.pem", "issued.jsonl"}
+    assert after["issued.jsonl"].startswith(before["issued.jsonl"])
+    assert (issued(folder)[-1].not_after - certificates.now()).days in (29, 30)
+    for name in ("alice.key", "operator.key"):
+        client = client_context(folder / name)
+        assert not refused(server_context(folder), client, "photon.example.org")
+        assert not refused(server_context(folder), client, "127.0.0.2")
+        assert refused(server_context(folder), client, "localhost")
+        assert not refused(server, client, "localhost")  # the certificate before cannot be called back
+
+
+def test_a_renewal_keeps_the_hosts_and_outlives_an_expired_certificate(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = issued(folder)[0].not_after
+    renew_aggregator(folder, ["localhost", "10.0.0.1", "::1"], days=1)
+    at(monkeypatch, 2)
+    with pytest.raises(InputError, match=r"aggregator\.pem expired on .*photon keys aggregator DIR"):
+        server_context(folder)
+    assert renew_aggregator(folder) == ["localhost", "10.0.0.1", "::1"]
+    assert issued(folder)[-1].not_after == end
+    at(monkeypatch, 0)
+    (folder / "aggregator.pem").unlink()
+    with pytest.raises(InputError, match=r"aggregator\.pem cannot be read.*--host"):
+        renew_aggregator(folder)
+    shutil.copy(folder / "operator.key", folder / "aggregator.pem")  # would give a certificate for no host at all
+    with pytest.raises(InputError, match=r"no server's certificate.*--host"):
+        renew_aggregator(folder)
+    renew_aggregator(folder, ["localhost"])
+    assert not refused(server_context(folder), client_context(folder / "alice.key"))
+
+
+def test_what_cannot_be_renewed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for hosts, days, why in (
+        (["https://a.org"], None, "neither a DNS name"),
+        ([], 0, "1 to"),
+        ([], keys.AUTHORITY_DAYS + 1, "fewer --days"),
+    ):
+        with pytest.raises(InputError, match=why):
+            renew_aggregator(folder, hosts, days)
+    at(monkeypatch, keys.AUTHORITY_DAYS + 1)
+    with pytest.raises(InputError, match=r"the authority in .* expired"):
+        renew_aggregator(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    record = folder / "issued.jsonl"
+    record.write_bytes(record.read_bytes()[:-30])
+    with pytest.raises(StateError, match="is damaged"):
+        renew_aggregator(folder)
+    assert (folder / "aggregator.pem").read_bytes() == before["aggregator.pem"]
+
+
+def test_another_operator_and_one_in_the_place_of_a_revoked_one(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"operator\.key exists.*photon keys revoke operator"):
+        issue_operator(folder)
+    second = bundle_identity(issue_operator(folder, folder / "second.key"))
+    assert (second.name, second.role) == ("operator", "operator")
+    assert peer_identity(converse(server_context(folder), client_context(folder / "second.key"))) == second
+    assert issued(folder)[-1].not_after == issued(folder)[1].not_after
+    assert second.serial in revoke(folder, "operator")
+    with pytest.raises(InputError, match=r"alice\.key exists"):  # another's key, however many operators are revoked
+        issue_operator(folder, folder / "alice.key")
+    third = bundle_identity(issue_operator(folder))
+    assert [Revocations(folder).is_revoked(one.serial) for one in (second, third)] == [True, False]

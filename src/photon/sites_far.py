@@ -33,8 +33,8 @@ from photon.recipe import dump_recipe, load_recipe
 from photon.results import show_results
 from photon.run import Run, Setting, embedding_rows, open_run, run_to_end
 from photon.runfolder import RunFolder
-from photon.status import StatusBoard
-from photon.track import Tracker
+from photon.status_board import StatusBoard
+from photon.track import Tracker, read_events
 
 _MAX_FAILURES = 10  # of the round loop in a row, without a round committed between
 _LONGEST_PAUSE_S = 60.0
@@ -97,9 +97,14 @@ def hub_fabric(hub: Hub, run: Run, tracker: Tracker) -> Iterator[FlowerFabric]:
         [silo.name for silo in run.recipe.silo],
         fabric.peers,
     )
+    for event in read_events(run.folder.metrics):  # what happened before a restart counts too
+        board.write(event)
     tracker.add(board)
     try:
         yield fabric
+    except PhotonError as error:
+        board.note(str(error))
+        raise
     finally:
         fabric.close()
         board.close()

@@ -28,7 +28,9 @@ from photon.options import hint
 from photon.readable import byte_size, count, duration, one_line, significant
 from photon.recipe import load_recipe
 from photon.runfolder import RunFolder
-from photon.status_board import TEXT_CHARACTERS, NodeEntry, Status
+from photon.status_board import TEXT_CHARACTERS, NodeEntry, Status, StatusBoard
+
+__all__ = ["StatusBoard", "read_status", "readmit", "show_status", "status_table"]  # one name for both halves
 
 STALE_S = 30.0
 MIN_WATCH_S = 0.5
@@ -103,11 +105,11 @@ def status_table(status: Mapping[str, Any]) -> list[RenderableType]:
     parts: list[RenderableType] = [_header(shown)]
     if warning := status.get("warning"):
         parts.append(Text(one_line(str(warning), TEXT_CHARACTERS), style="bold red"))
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("node", overflow="fold")
-    table.add_column("state")
+    table.add_column("state", overflow="fold")
     for heading in ("step", "loss", "tok/s", "up", "down", "heard", "rounds", "refused"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, entry in shown.nodes.items():
         table.add_row(one_line(name), *_cells(entry))
     parts.append(table)
@@ -133,7 +135,7 @@ def _header(status: Status) -> Text:
 
 def _cells(entry: NodeEntry) -> tuple[RenderableType, ...]:
     style = "red" if entry.suspended else "yellow" if entry.late or not entry.online else "green"
-    heard = "never" if entry.last_heard_s_ago is None else f"{duration(entry.last_heard_s_ago)} ago"
+    heard = "never" if entry.last_heard_s_ago is None else duration(entry.last_heard_s_ago)
     return (
         Text(_state_words(entry), style=style),
         f"{entry.step}/{entry.steps}" if entry.steps else "-",

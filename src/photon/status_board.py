@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event as Signal
@@ -210,13 +210,25 @@ def _state_of(
 class StatusBoard:
     """A `Display` that keeps `path` (status.json) up to date from a thread of its own, until `close`.
 
-    `peers` gives copies of what the fabric knows; `traffic` is the gateway's file. To count the rounds before a resume
-    too, hand the events of metrics.jsonl to `write` first.
+    `traffic` is the gateway's file, `nodes` are all of the recipe, `peers` gives copies of what the fabric knows. What
+    went wrong before a restart is read back from `path`; to count the rounds before it too, hand the events of
+    metrics.jsonl to `write` first.
     """
 
-    def __init__(self, path: Path, traffic: Path, facts: RunFacts, peers: Callable[[], Collection[Peer]]) -> None:
-        self.path, self._traffic_path, self._facts, self._peers = path, traffic, facts, peers
+    def __init__(
+        self,
+        path: Path,
+        traffic: Path,
+        run: str,
+        recipe: str,
+        rounds: int,
+        nodes: Iterable[str],
+        peers: Callable[[], Collection[Peer]],
+    ) -> None:
+        self.path, self._traffic_path, self._peers = path, traffic, peers
+        self._facts = RunFacts(run, recipe, rounds, tuple(nodes))
         self._history = History()
+        self._history.remarks.extend(_earlier_remarks(path, run))
         self._traffic: dict[str, BlobTraffic] = {}
         self._lock, self._saving, self._closing = Lock(), Lock(), Signal()
         self._is_unwritable = False
@@ -286,3 +298,15 @@ class StatusBoard:
         except (ValidationError, OSError) as error:  # the numbers read before stay
             reason = error.strerror if isinstance(error, OSError) else "it is damaged"
             self.note(f"bytes are not up to date, {self._traffic_path.name} cannot be read: {reason}")
+
+
+def _earlier_remarks(path: Path, run: str) -> list[Remark]:
+    """What an earlier process of the run had to say: a round loop that failed is started again, and people ask why.
+
+    A file that is missing or damaged says nothing; it is about to be written anew.
+    """
+    try:
+        status = Status.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return []
+    return status.errors if status.run == run else []

@@ -8,8 +8,9 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import Any
@@ -79,25 +80,24 @@ class Site:
 def in_thread(site: Site) -> Iterator[None]:
     """Serve from a thread of this process; `site.port` is where."""
     ready = threading.Event()
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
+    ends: list[Callable[[], object]] = []
 
     async def run() -> None:
+        stop = asyncio.Event()
+        ends.append(partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set))
         async with serving(site.config, FolderStore(site.root / "store"), echo) as (_, site.port):
             ready.set()
             await stop.wait()
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
     assert ready.wait(DEADLINE_S)
     try:
         yield
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        ends[0]()
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
         site.port = 0
 
 

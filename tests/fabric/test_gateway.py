@@ -522,7 +522,7 @@ def test_a_gateway_killed_in_the_middle_of_an_upload_costs_a_few_mib(
     own_site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.1)
-    data = some_bytes(72 * MIB, seed=3)
+    data = some_bytes(80 * MIB, seed=3)
     (tmp_path / "blob").write_bytes(data)
     allow(own_site, "ada", len(data))
     moved: list[int] = []
@@ -530,7 +530,7 @@ def test_a_gateway_killed_in_the_middle_of_an_upload_costs_a_few_mib(
 
         def kill(count: int) -> None:
             moved.append(count)
-            if sum(moved) > 50 * MIB:
+            if sum(moved) > 60 * MIB:
                 process.kill()
 
         def send() -> None:
@@ -544,8 +544,8 @@ def test_a_gateway_killed_in_the_middle_of_an_upload_costs_a_few_mib(
         sending.join(60)
         assert not sending.is_alive()
     assert own_site.store.fetch("ada", sha256(data), len(data)).path.read_bytes() == data
-    # Beside what the kill may cost, what the two connections had under way; starting anew would cost 50 MiB more.
-    assert sum(moved) <= len(data) + SAVE_EVERY_BYTES + 12 * MIB
+    # Beside what the kill may cost, what the kernel held of two connections; starting anew would cost 60 MiB more.
+    assert sum(moved) <= len(data) + SAVE_EVERY_BYTES + 24 * MIB
 
 
 def test_memory_of_the_gateway_does_not_grow_with_a_blob(own_site: Site, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from photon.aggregator.validate import NodeFailedError, verify_identity
 from photon.errors import ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, Fabric, Lost
+from photon.link.body import Body
 from photon.link.ledger import Ledger
 from photon.link.update import Message, Task, decode_message, expect_reply, seal
 
@@ -61,7 +62,7 @@ class Exchange:
         self.missing: dict[str, str] = {}
         self.refused: dict[str, str] = {}
 
-    def send(self, tasks: Mapping[str, Task], body: bytes) -> None:
+    def send(self, tasks: Mapping[str, Task], body: Body) -> None:
         """Hand every task to the fabric with `body`, the base they start from."""
         for node, task in tasks.items():
             message = seal(task, body)

@@ -27,6 +27,7 @@ from photon.config import Recipe
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
 from photon.events import Evaluated, NodeRound, RoundDone
 from photon.fabric.base import Fabric, NodeInfo
+from photon.link.body import Body
 from photon.link.ledger import Ledger, Traffic
 from photon.link.tensors import decode_tensors, encode_tensors, iterate_tensors, sha256_hex
 from photon.link.update import Message, Task, TrainingReport, expect_reply
@@ -66,7 +67,8 @@ class Aggregator:
         self.progress = state.progress
         self.outer = OuterOptimizer(decode_tensors(state.payload), recipe.federation)
         self.outer.import_state(state.outer)
-        self.payload, self.model_sha256 = state.payload, state.model_sha256
+        self.payload: Body = state.payload
+        self.model_sha256 = state.model_sha256
         self.trust = Trust(state.progress.charges, recipe.federation.suspend_after, operator, tracker.note)
         self.ledger = Ledger(total=Traffic(state.progress.bytes_down, state.progress.bytes_up))
         self._clock_zero = time.monotonic() - state.progress.seconds
@@ -262,6 +264,8 @@ class Aggregator:
             charges=dict(self.trust.charges),
         )
         self.store.commit(self.state())
+        # From here on the model as it travels is read from its file: one model less in memory while nodes work.
+        self.payload = self.store.model_file(self.progress.round)
         self.trust.committed()
         self._commit_s = time.monotonic() - began
 
@@ -327,7 +331,7 @@ def _update(message: Message, base: Mapping[str, Tensor]) -> Iterator[tuple[str,
         yield name, codec.decode(name, wire, base[name])
 
 
-def _distance(payload: bytes, weights: Mapping[str, Tensor]) -> float:
+def _distance(payload: Body, weights: Mapping[str, Tensor]) -> float:
     """L2 norm of what the outer step changed, one tensor at a time; the old weights are still there as sent."""
     return math.sqrt(
         sum(float((old - weights[name]).double().square().sum()) for name, old in iterate_tensors(payload))

@@ -12,6 +12,7 @@ from photon.aggregator.norms import NormHistory
 from photon.aggregator.trust import Charge
 from photon.durable import NumberedStates, kept_numbers
 from photon.errors import StateError
+from photon.link.body import Body, FileBody, pieces, whole_file
 from photon.link.tensors import decode_tensors, sha256_hex, tensor_chunks
 
 MODEL_FILE = "model.safetensors"
@@ -46,10 +47,10 @@ _PROGRESS = TypeAdapter(Progress)
 
 @dataclass(frozen=True)
 class GlobalState:
-    """The global model as it travels, its hash, and the outer optimizer's state."""
+    """The global model as it travels (in memory, or in its committed file), and the outer optimizer's state."""
 
     progress: Progress
-    payload: bytes
+    payload: Body
     outer: dict[str, Tensor]
 
     @property
@@ -71,9 +72,13 @@ class RoundStore:
 
     def commit(self, state: GlobalState) -> None:
         """Make `state` durable, then drop what the retention rule lets go."""
-        files = {MODEL_FILE: [state.payload], OUTER_FILE: tensor_chunks(state.outer)}
+        files = {MODEL_FILE: pieces(state.payload), OUTER_FILE: tensor_chunks(state.outer)}
         self._states.commit(state.progress.round, files, asdict(state.progress))
         self._states.prune(kept_numbers(self._states.numbers(), self._keep_last, self._keep_every))
+
+    def model_file(self, round_index: int) -> FileBody:
+        """The global model of a committed round, in its file."""
+        return whole_file(self._states.folder(round_index) / MODEL_FILE)
 
     def load(self, run: str | None, round_index: int | None = None) -> GlobalState:
         """The newest state, or the one asked for. Raises StateError if it is damaged, foreign or absent.

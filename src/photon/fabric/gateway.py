@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--socket", type=int, help="ends when the other end of this inherited socket is closed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # not a line for every call that is forwarded
     if arguments.socket is not None:
         os.set_inheritable(arguments.socket, False)
         end_with(arguments.socket)

@@ -102,7 +102,8 @@ class Hub:
         self.open_store(recipe).publish(tokenizer_sha256, tokenizer)
         card = run_card(identity.run, __version__, recipe, identity.vocab_size, tokenizer, tokenizer_sha256)
         write_atomic(self.path / "run.json", card.model_dump_json(indent=1))
-        write_atomic(self.status, "{}")
+        if not self.status.exists():
+            write_atomic(self.status, "{}")
         hub = HubFile(
             superlink_port=free_port(), host=host, port=port, keys=keys.resolve(), tokenizer_sha256=tokenizer_sha256
         )

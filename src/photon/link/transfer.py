@@ -262,6 +262,9 @@ class _Download(_Transfer):
                     self._partial = PartialFile(self.target, self.sha256, location.bytes, bounds)
                 except PartialBusyError as error:
                     raise LinkDownError(str(error)) from None
+                if self.target.exists():  # whoever received it has just finished
+                    self._partial.discard()
+                    raise LinkDownError(f"{self.target} has appeared meanwhile")
             if self._partial.bounds != bounds:
                 raise LinkRefusedError(f"{self.client.place} has changed blob {self.sha256} while it was downloaded")
         return location

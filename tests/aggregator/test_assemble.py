@@ -54,11 +54,12 @@ class Notes(Tracker):
         self.seen.append(progress)
 
 
-def call(quorum: int = 2, suspended: Mapping[str, str] | None = None) -> RollCall:
+def call(quorum: int = 2, suspended: Mapping[str, str] | None = None, absent: frozenset[str] = frozenset()) -> RollCall:
     out = dict(suspended or {})
     return RollCall(
         round=7,
         expected=frozenset(set(OWNERS) - out.keys()),
+        absent=absent,
         suspended=out,
         quorum=quorum,
         assemble_s=120.0,
@@ -109,6 +110,21 @@ def test_who_never_came_is_named(at: Mapping[str, float], sentence: str) -> None
     with pytest.raises(RoundFailedError, match=sentence):
         gather(fabric, call())
     assert fabric.now == pytest.approx(1120.0)
+
+
+def test_who_was_waited_for_in_vain_is_not_waited_for_again() -> None:
+    """A node that is away for weeks must not cost every round its patience; a new absence is waited for."""
+    fabric = Gathering({"ada": 0.0, "bob": 0.0, "cyd": 0.0})
+    assert gather(fabric, call(absent=frozenset({"dan"}))) == ["ada", "bob", "cyd"]
+    assert fabric.now == 0.0
+    assert gather(fabric, call()) == ["ada", "bob", "cyd"]
+    assert fabric.now == 120.0  # it can fail: without the memory it waits
+    fabric = Gathering({"ada": 0.0, "bob": 0.0})
+    gather(fabric, call(absent=frozenset({"dan"})))
+    assert fabric.now == 120.0  # cyd is newly missing
+    fabric = Gathering({"ada": 0.0, "dan": 50.0})
+    assert gather(fabric, call(absent=frozenset({"bob", "cyd", "dan"}))) == ["ada", "dan"]
+    assert fabric.now == 50.0  # below the quorum everybody is hoped for, and with it nobody is
 
 
 def test_suspended_nodes_are_neither_waited_for_nor_given_out() -> None:

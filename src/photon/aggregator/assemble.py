@@ -19,23 +19,35 @@ _POLL_S = 1.0  # upper bound of one wait: who connects is noticed within it
 
 @dataclass(frozen=True)
 class RollCall:
-    """Who is waited for: all of `expected` at most `assemble_s`, then any `quorum` at most `deadline_s` more."""
+    """Who is waited for: all of `expected` at most `assemble_s`, then any `quorum` at most `deadline_s` more.
+
+    `absent` were waited for in vain before: as long as the quorum is there, nobody waits for them again.
+    """
 
     round: int
     expected: frozenset[str]
+    absent: frozenset[str]
     suspended: dict[str, str]
     quorum: int
     assemble_s: float
     deadline_s: float
 
     @classmethod
-    def of(cls, recipe: Recipe, round_index: int, suspended: dict[str, str], quorum: int) -> Self:
+    def of(
+        cls,
+        recipe: Recipe,
+        round_index: int,
+        suspended: dict[str, str],
+        quorum: int,
+        absent: frozenset[str] = frozenset(),
+    ) -> Self:
         """All trainers of a recipe but those that are suspended (name to reason)."""
         federation = recipe.federation
         names = {POOLED} if federation.outer == "none" else {silo.name for silo in recipe.silo}
         return cls(
             round=round_index,
             expected=frozenset(names - suspended.keys()),
+            absent=absent,
             suspended=suspended,
             quorum=quorum,
             assemble_s=federation.assemble_s,
@@ -46,7 +58,9 @@ class RollCall:
         """How long a round may wait in all while these trainers are connected; 0 = it need not, or waiting is vain."""
         if self.expected <= trainers or len(self.expected | trainers) < self.quorum:
             return 0.0
-        return self.assemble_s if len(trainers) >= self.quorum else self.assemble_s + self.deadline_s
+        if len(trainers) >= self.quorum:
+            return 0.0 if self.expected - self.absent <= trainers else self.assemble_s
+        return self.assemble_s + self.deadline_s
 
     def missing(self, trainers: set[str]) -> list[str]:
         """Expected trainers that are not connected."""

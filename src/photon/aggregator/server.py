@@ -73,6 +73,7 @@ class Aggregator:
         self.ledger = Ledger(total=Traffic(state.progress.bytes_down, state.progress.bytes_up))
         self._clock_zero = time.monotonic() - state.progress.seconds
         self._commit_s = 0.0
+        self._absent: frozenset[str] = frozenset()  # trainers that the last round began without
 
     def run(self) -> GlobalState:
         """All rounds that are left. Each is a transaction: committed whole or, after a crash, done again."""
@@ -130,8 +131,10 @@ class Aggregator:
 
     def _assemble(self) -> list[NodeInfo]:
         quorum = quorum_of(self.recipe.federation.quorum, self._nodes_per_round)
-        call = RollCall.of(self.recipe, self.progress.round, self.trust.suspended, quorum)
-        return assemble(self.fabric, self.ledger, self.tracker, call)
+        call = RollCall.of(self.recipe, self.progress.round, self.trust.suspended, quorum, self._absent)
+        present = assemble(self.fabric, self.ledger, self.tracker, call)
+        self._absent = frozenset(call.missing({info.name for info in present if info.trains}))
+        return present
 
     def _sample(self, present: list[NodeInfo]) -> list[NodeInfo]:
         trainers = {info.name: info for info in present if info.trains}

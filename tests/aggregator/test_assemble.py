@@ -191,8 +191,8 @@ def test_a_late_start_ends_in_the_same_model(tmp_path: Path) -> None:
 
 
 def test_who_is_not_connected_is_not_asked(tmp_path: Path) -> None:
-    federation = Federation(tmp_path, recipe())
-    connecting(federation, {"cyd": 200.0})  # after the first round has begun; in time for the second
+    federation = Federation(tmp_path, recipe(), lambda arrivals: [(2.0, arrival) for arrival in arrivals])
+    connecting(federation, {"cyd": 121.0})  # while the first round, begun at 120, goes on; in time for the second
     federation.run()
     tasks = [(node, expect_task(decode_message(message)).round) for node, message in federation.fabric.sent]
     assert [round_index for node, round_index in tasks if node == "cyd"] == [1, 2]

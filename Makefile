@@ -6,7 +6,7 @@ TORCH_BACKEND ?=
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 export PHOTON_BIN := .venv/bin/photon
 
-.PHONY: demo test test-all check format bench docs clean help
+.PHONY: demo test test-sites test-all check format bench docs clean help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,8 +25,12 @@ demo: .venv/.ready  ## four owners of text train one model on this machine, offl
 test: .venv/.ready  ## the fast test suite (no network, no GPU)
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
-test-all: .venv/.ready  ## fast and slow tests
-	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu"
+test-sites: .venv/.ready  ## federations of real processes: kill -9, cut links, liars, strangers (about 20 minutes)
+	.venv/bin/python -m pytest -m "sites and not slow"
+
+test-all: .venv/.ready  ## fast and slow tests, one after the other
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not sites"
+	.venv/bin/python -m pytest -m sites
 
 check: .venv/.ready  ## lint, format, types
 	.venv/bin/ruff check .

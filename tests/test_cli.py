@@ -15,7 +15,17 @@ from photon.cli import app, main, split_words
 from photon.errors import InputError
 
 FROZEN = {
-    "train": ["words", "--run", "--resume", "--round"],
+    "train": ["words", "--run", "--resume", "--fabric", "--round"],
+    "aggregator": ["--keys", "words", "--listen", "--run", "--resume"],
+    "node": ["--keys", "--aggregator", "--silo", "--state", "--socket"],
+    "status": ["target", "--keys", "--json", "--watch"],
+    "readmit": ["name", "run"],
+    "keys init": ["folder", "--host", "--days"],
+    "keys node": ["name", "folder", "--out", "--days"],
+    "keys revoke": ["name", "folder"],
+    "keys list": ["folder"],
+    "keys aggregator": ["folder", "--host", "--days"],
+    "keys operator": ["folder", "--out", "--days"],
     "presets": ["name"],
     "data build": ["recipe", "options"],
     "data show": ["folder"],

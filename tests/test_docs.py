@@ -209,7 +209,7 @@ def test_an_unknown_option_is_noticed() -> None:
 def test_files_named_in_backticks_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     files = [span for span in spans(text) if re.fullmatch(r"[\w./-]+\.(py|toml|md)", span) and "RUN" not in span]
-    written_by_a_run = {"recipe.toml", "my-run.toml"}
+    written_by_a_run = {"recipe.toml", "my-run.toml", "site.toml"}  # or by a person
     places = (ROOT, ROOT / "src", SOURCE, page.parent)
     missing = [name for name in files if not any((place / name).is_file() for place in places)]
     assert set(missing) <= written_by_a_run
@@ -262,6 +262,15 @@ def test_arrows_point_down_as_the_page_says(part: str, allowed: set[str]) -> Non
     assert files
     for file in files:
         assert imports(file.read_text(encoding="utf-8")) <= allowed, file
+
+
+@pytest.mark.parametrize(("library", "home"), [("flwr", "fabric/flwr_internals.py"), ("obstore", "link/bucket.py")])
+def test_one_module_alone_imports_a_library_that_moves(library: str, home: str) -> None:
+    found = set()
+    for file in SOURCE.rglob("*.py"):
+        if re.search(rf"^\s*(from|import) {library}\b", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found.add(file.relative_to(SOURCE).as_posix())
+    assert found == {home}
 
 
 def test_an_arrow_that_points_up_is_noticed() -> None:

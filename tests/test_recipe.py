@@ -68,7 +68,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
             {},
             optional={
                 "lr": rates | st.integers(0, 2**60),
-                "betas": st.lists(fractions, min_size=2, max_size=2),
+                "betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
                 "micro_batch_size": counts | st.just("auto"),
                 "device": st.sampled_from(["auto", "cuda:12", "mps"]),
                 "total_steps": counts,

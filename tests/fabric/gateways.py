@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256 as _sha256
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +122,66 @@ def in_process(site: Site, *words: str, **options: Any) -> Iterator[subprocess.P
             yield process
         finally:
             process.kill()
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self.body)
+        return answer
+
+
+def connect(site: Site, name: str = "ada") -> HTTPSConnection:
+    return HTTPSConnection(
+        "127.0.0.1", site.port, timeout=DEADLINE_S, context=client_context(site.keys / f"{name}.key")
+    )
+
+
+def ask(site: Site, method: str, path: str, body: bytes = b"", name: str = "ada", **headers: str) -> Answer:
+    with closing(connect(site, name)) as connection:
+        return ask_over(connection, method, path, body, **headers)
+
+
+def ask_over(connection: HTTPSConnection, method: str, path: str, body: bytes = b"", **headers: str) -> Answer:
+    connection.request(method, path, body, {key.replace("_", "-"): value for key, value in headers.items()})
+    response = connection.getresponse()
+    return Answer(response.status, dict(response.headers), response.read())
+
+
+def raw(site: Site, data: bytes, name: str = "ada") -> bytes:
+    """What comes back for these very bytes, until the gateway closes."""
+    context = client_context(site.keys / f"{name}.key")
+    with (
+        socket.create_connection(("127.0.0.1", site.port), timeout=DEADLINE_S) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        received = b""
+        try:
+            connection.sendall(data)
+            while piece := connection.recv(65536):
+                received += piece
+        except (ConnectionError, ssl.SSLError):
+            pass
+        return received
+
+
+def allow(site: Site, node: str, size: int) -> None:
+    site.store.allow(node, size, time.time() + 600)
+
+
+def begin(site: Site, sha: str, size: int, name: str = "ada") -> Answer:
+    return ask(site, "POST", f"/v1/uploads/{sha}", json.dumps({"bytes": size}).encode(), name)
+
+
+def put(site: Site, data: bytes, offset: int, total: int, sha: str, part: str = "0", **headers: str) -> Answer:
+    span = f"bytes {offset}-{offset + len(data) - 1}/{total}"
+    return ask(site, "PUT", f"/v1/uploads/{sha}/{part}", data, **({"Content_Range": span} | headers))
+
+
+def finish(site: Site, sha: str) -> Answer:
+    return ask(site, "POST", f"/v1/uploads/{sha}/finish")

@@ -18,6 +18,18 @@ from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingR
 
 # Nats, or bytes of text, that one held-out token may stand for: far beyond any model or tokenizer.
 MAX_PER_TOKEN = 1e4
+# What a report says for the record alone must not spoil the record: sums and means of it stay finite numbers.
+_MOST_REPORTED = {
+    "loss_first": MAX_PER_TOKEN,
+    "loss_last": MAX_PER_TOKEN,
+    "loss_mean": MAX_PER_TOKEN,
+    "gradient_norm_mean": 3.5e38,  # float32's largest
+    "learning_rate": 1e6,
+    "seconds": 1e9,
+    "epoch": 1e9,
+}
+# A header of safetensors holds for each tensor its name, at most six characters of JSON for a byte of it, and numbers.
+_HEADER_BYTES, _HEADER_BYTES_PER_TENSOR, _HEADER_BYTES_PER_DIMENSION = 4096, 256, 24
 
 
 class NodeFailedError(ReplyRefusedError):
@@ -56,7 +68,7 @@ def verify_training(message: Message, task: Task, tokens_per_step: int, base: Ma
     codec = codec_of(reply)
     seen: set[str] = set()
     squares = 0.0
-    for name, wire in iterate_tensors(message.body):
+    for name, wire in iterate_tensors(message.body, _header_bytes_of(base)):
         if name not in base:
             raise ReplyRefusedError(f"unknown tensor {name!r}")
         seen.add(name)
@@ -80,10 +92,16 @@ def verify_norm(norm: float, max_update_norm: float | None) -> None:
 
 
 def training_report(reply: Reply) -> TrainingReport:
-    """The report of a train reply. Raises ReplyRefusedError if there is none."""
-    if reply.training is None:
+    """The report of a train reply. Raises ReplyRefusedError if there is none, or its numbers cannot be."""
+    report = reply.training
+    if report is None:
         raise ReplyRefusedError("carries no training report")
-    return reply.training
+    for name, most in _MOST_REPORTED.items():
+        if not 0 <= getattr(report, name) <= most:
+            raise ReplyRefusedError(f"claims {getattr(report, name):g} as its {name}; it is from 0 to {most:g}")
+    if report.clipped_steps > report.steps:
+        raise ReplyRefusedError(f"claims {report.clipped_steps} clipped steps of {report.steps}")
+    return report
 
 
 def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
@@ -105,3 +123,11 @@ def codec_of(reply: Reply) -> Codec:
     if codec is None:
         raise ReplyRefusedError(f"is written with codec {reply.codec!r}; known are {', '.join(CODECS)}")
     return codec
+
+
+def _header_bytes_of(base: Mapping[str, Tensor]) -> int:
+    """The longest header that an update of these tensors can have."""
+    return _HEADER_BYTES + sum(
+        6 * len(name.encode()) + _HEADER_BYTES_PER_TENSOR + _HEADER_BYTES_PER_DIMENSION * tensor.dim()
+        for name, tensor in base.items()
+    )

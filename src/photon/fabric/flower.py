@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, RLock, Thread
 from typing import Literal
 
-from photon.errors import FabricError, PhotonError, WireError
+from photon.errors import FabricError, PhotonError, ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
 from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
@@ -186,6 +186,8 @@ class FlowerFabric:
                 self._lost_flower(error)
             except PhotonError as error:  # one node's affair, or the store's; the others must not wait for it
                 self._note(f"flower fabric: {error}")
+            except Exception as error:  # noqa: BLE001  # without this thread no node would ever be asked again
+                self._note(f"flower fabric: {type(error).__name__}: {error}")
         if self._flower is not None:
             self._flower.close()
 
@@ -279,26 +281,38 @@ class FlowerFabric:
                     self._take(peer, reply)
 
     def _take(self, peer: Peer, reply: FlowerReply) -> None:
-        if reply.content is None or reply.node_id != peer.node_id:
+        if reply.node_id != peer.node_id:
+            return
+        if reply.content is None and not reply.junk:
             return  # gone, or too late: it is asked again when it is online
         name = peer.info.name
         try:
+            if reply.content is None:
+                raise WireError(reply.junk)
             status, head = read_status(reply.content)
         except WireError as error:
-            peer.last_error = str(error)
+            peer.last_error, peer.ask_after = str(error), time.monotonic() + _LOOK_S
             return
         peer.status, peer.heard_at, peer.dropped = status, time.time(), ""
         if peer.task is None or status.nonce != peer.nonce:
             return
         if head and status.phase == "done":
             if peer.fetching is None:
-                peer.fetching = self._fetchers.submit(self._fetch, name, head, status.body_bytes)
+                peer.fetching = self._fetchers.submit(self._fetch, name, peer.nonce, head, status.body_bytes)
         elif status.phase != "done":
             self._events.put(progress_of(name, status))
 
-    def _fetch(self, name: str, head: bytes, size: int) -> Sealed:
-        """The whole reply; its body is in a file. Raises BlobError, WireError or OSError."""
-        reply = expect_reply(decode_message(Sealed(head, b"")))
+    def _fetch(self, name: str, nonce: str, head: bytes, size: int) -> Sealed:
+        """The whole reply; its body is in a file. Raises BlobError, OSError, or ReplyRefusedError if it is no answer.
+
+        A header that makes no sense is handed on as it is: the Aggregator refuses it, and charges its node.
+        """
+        try:
+            reply = expect_reply(decode_message(Sealed(head, b"")))
+        except WireError:
+            return Sealed(head, b"")
+        if reply.node == name and reply.nonce != nonce:
+            raise ReplyRefusedError("it hands in the reply to another task than the one that it says it has done")
         return Sealed(head, self._store.fetch(name, reply.body_sha256, size) if size else b"")
 
     def _finish_fetches(self) -> None:
@@ -312,7 +326,10 @@ class FlowerFabric:
                     continue
                 try:
                     self._events.put(Arrival(name, future.result()))
-                except (BlobError, WireError, OSError) as error:
+                except ReplyRefusedError as error:
+                    peer.last_error = str(error)
+                    self._events.put(Lost(name, peer.last_error))
+                except (BlobError, OSError) as error:
                     peer.failed_fetches += 1
                     peer.ask_after = time.monotonic() + _LOOK_S * 2**peer.failed_fetches
                     peer.last_error = f"its update cannot be fetched: {error}"

@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import httpx
+
 from photon.fabric import flwr_internals as flower
 from photon.fabric.flwr_internals import CALL_TIMEOUT_S, Content, FlowerDownError, failures
 
+_ARRIVAL_S = 15.0  # an answer is announced before its parts are sent; one that is not whole by then never will be
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _SERVERAPP = "flwr-serverapp"
 # Flower wants an app to start a run. This one has no code and asks for none; nodes of Photon never fetch it.
@@ -45,12 +48,26 @@ class FlowerNode:
 
 @dataclass(frozen=True)
 class FlowerReply:
-    """The answer to a message: content, or the reason why there is none."""
+    """The answer to a message: content, or the reason why there is none: Flower's `error`, or the node sent `junk`."""
 
     message_id: str
     node_id: int
     content: Content | None
     error: str = ""
+    junk: str = ""
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """An answer whose parts may not be here yet."""
+
+    announced: flower.ProtoMessage
+    tree: flower.ObjectTree
+    until: float
+
+
+class _NotYetError(Exception):
+    """A part of a message that was announced and has not been sent yet."""
 
 
 class FlowerRun:
@@ -59,6 +76,7 @@ class FlowerRun:
     def __init__(self, address: str, secret: bytes) -> None:
         """Start a run at the SuperLink on `address` (host:port) and take its only task."""
         self._node = flower.Node(node_id=flower.SUPERLINK_NODE_ID)
+        self._arriving: list[_Arriving] = []
         with failures("start a run"):
             self.run_id = _start_run(address)
             self._client = flower.RuntimeHttpClient(
@@ -105,11 +123,23 @@ class FlowerRun:
         return str(response.message_ids[0])
 
     def pull(self, message_ids: Iterable[str]) -> list[FlowerReply]:
-        """The answers that are there to these messages."""
+        """The answers to these messages that are here. One that is still being sent is looked for in later calls.
+
+        So nobody waits for a node that announces an answer and does not send it.
+        """
         with failures("fetch replies"):
-            response = self._client.PullMessages(flower.PullAppMessagesRequest(message_ids=list(message_ids)))
-            trees = zip(response.messages_list, response.message_object_trees, strict=True)
-            return [self._pull_one(flower.message_from_proto(proto), tree) for proto, tree in trees]
+            arriving = {one.announced.metadata.reply_to_message_id for one in self._arriving}
+            self._announce(set(message_ids) - arriving)
+            replies, waiting, self._arriving = [], self._arriving, []
+            for one in waiting:
+                try:
+                    replies.append(self._pull_one(one.announced, one.tree))
+                except _NotYetError:
+                    if time.monotonic() < one.until:
+                        self._arriving.append(one)
+                    else:
+                        replies.append(self._dropped(one.announced, "its answer was announced and never sent"))
+        return replies
 
     def close(self) -> None:
         """End the run, as far as that can be said to anybody."""
@@ -117,27 +147,50 @@ class FlowerRun:
             self._client.PushTaskOutput(flower.PushTaskOutputRequest(sub_status="completed", details=""))
         self._client.close()
 
-    def _pull_one(self, bare: flower.Message, tree: flower.ObjectTree) -> FlowerReply:
-        message_id, asked, node_id = (
-            bare.metadata.message_id,
-            bare.metadata.reply_to_message_id,
-            bare.metadata.src_node_id,
-        )
-        if bare.has_error():
-            return FlowerReply(asked, node_id, None, f"code {bare.error.code}: {bare.error.reason}")
+    def _announce(self, asked: set[str]) -> None:
+        """Learn which answers there are. The SuperLink says so once, and then knows nothing more of the question."""
+        if asked:
+            response = self._client.PullMessages(flower.PullAppMessagesRequest(message_ids=sorted(asked)))
+            until = time.monotonic() + _ARRIVAL_S
+            for announced, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+                self._arriving.append(_Arriving(announced, tree, until))
+
+    def _pull_one(self, announced: flower.ProtoMessage, tree: flower.ObjectTree) -> FlowerReply:
+        """Raises _NotYetError."""
+        metadata = announced.metadata
+        asked, node_id = metadata.reply_to_message_id, metadata.src_node_id
+        if announced.HasField("error"):
+            return FlowerReply(asked, node_id, None, f"code {announced.error.code}: {announced.error.reason}")
         pull = flower.make_pull_object_fn_protobuf(self._client.PullObject, self._node, self.run_id)
+
+        def pull_now(object_id: str) -> bytes:
+            try:
+                return bytes(pull(object_id))
+            except flower.ObjectUnavailableError:
+                raise _NotYetError from None
+
         try:
-            content = flower.fetch_content(message_id, tree, pull)
-        except ValueError as error:
-            return FlowerReply(asked, node_id, None, str(error))
+            content = flower.fetch_content(metadata.message_id, tree, pull_now)
+        except (_NotYetError, httpx.HTTPError):
+            raise
+        except Exception as error:  # noqa: BLE001  # what Flower makes of a stranger's bytes has many names
+            return self._dropped(announced, f"its answer is no message: {type(error).__name__}: {error}"[:300])
+        self._confirm(metadata.message_id)
+        return FlowerReply(asked, node_id, content)
+
+    def _dropped(self, announced: flower.ProtoMessage, junk: str) -> FlowerReply:
+        metadata = announced.metadata
+        self._confirm(metadata.message_id)  # else its parts would stay at the SuperLink
+        return FlowerReply(metadata.reply_to_message_id, metadata.src_node_id, None, junk=junk)
+
+    def _confirm(self, message_id: str) -> None:
         self._client.ConfirmMessageReceived(
             flower.ConfirmMessageReceivedRequest(node=self._node, run_id=self.run_id, message_object_id=message_id)
         )
-        return FlowerReply(asked, node_id, content)
 
 
 def _start_run(address: str) -> int:
-    app, _ = flower.build_fab_from_files({"pyproject.toml": _APP.encode()})
+    app = flower.photon_app(_APP)
     control = flower.ControlHttpClient(
         f"http://{address}",
         interceptors=[flower.RuntimeVersionHttpInterceptor(component_name="flwr CLI")],

@@ -17,7 +17,6 @@ from pathlib import Path
 import httpx
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
-from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, TIMESTAMP_HEADER
 from flwr.common.serde import fab_to_proto, message_from_proto, message_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
@@ -35,6 +34,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectRequest,
 )
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -63,6 +63,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    ObjectUnavailableError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -100,6 +101,8 @@ __all__ = [
     "Metadata",
     "Node",
     "ObjectTree",
+    "ObjectUnavailableError",
+    "ProtoMessage",
     "PullAppMessagesRequest",
     "PullMessagesRequest",
     "PullObjectRequest",
@@ -116,7 +119,6 @@ __all__ = [
     "SendTaskHeartbeatRequest",
     "StartRunRequest",
     "SuperExecAuthHttpInterceptor",
-    "build_fab_from_files",
     "fab_to_proto",
     "failures",
     "fetch_content",
@@ -130,6 +132,7 @@ __all__ = [
     "new_message",
     "no_object_id_recompute",
     "now",
+    "photon_app",
     "public_key_to_bytes",
     "push_objects",
     "remove_content_from_message",
@@ -173,6 +176,13 @@ def superlink_arguments(port: int, database: Path, secret_file: Path) -> list[st
         *("--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
         *("--database", str(database), "--superexec-auth-secret-file", str(secret_file)),
     ]
+
+
+def photon_app(pyproject: str) -> bytes:
+    """The bundle that Flower wants for a run: this one file."""
+    from flwr.cli.build import build_fab_from_files  # half a second that only the Aggregator need spend
+
+    return bytes(build_fab_from_files({"pyproject.toml": pyproject.encode()})[0])
 
 
 def superlink_main() -> None:

@@ -76,17 +76,21 @@ def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]
             yield flat.view(torch.uint8).numpy().data
 
 
-def read_specs(data: Body) -> tuple[int, list[TensorSpec]]:
+def read_specs(data: Body, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[int, list[TensorSpec]]:
     """Header of a safetensors buffer: (where the data begins, specs in the order of their bytes).
 
-    Raises WireError unless the tensors tile the rest of the buffer exactly, without gap or overlap.
+    Raises WireError unless the tensors tile the rest of the buffer exactly, without gap or overlap. A hostile header
+    takes up to 30 times its bytes of memory when it is parsed: who knows how long it can be says so.
     """
     if len(data) < _HEADER_LENGTH_BYTES:
         raise WireError(f"tensor payload of {len(data)} bytes is too short for a safetensors header")
     header_bytes = int.from_bytes(read_body(data, 0, _HEADER_LENGTH_BYTES), "little")
     start = _HEADER_LENGTH_BYTES + header_bytes
-    if header_bytes > MAX_HEADER_BYTES or start > len(data):
-        raise WireError(f"safetensors header declares {header_bytes} bytes; the payload has {len(data)}")
+    if header_bytes > max_header_bytes or start > len(data):
+        raise WireError(
+            f"safetensors header declares {header_bytes} bytes; the payload has {len(data)}, "
+            f"and a header {max_header_bytes} at most"
+        )
     try:
         header = json.loads(bytes(read_body(data, _HEADER_LENGTH_BYTES, start)), object_pairs_hook=_no_twins)
     except (ValueError, RecursionError) as error:
@@ -107,13 +111,13 @@ def read_specs(data: Body) -> tuple[int, list[TensorSpec]]:
     return start, specs
 
 
-def iterate_tensors(data: Body) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(data: Body, max_header_bytes: int = MAX_HEADER_BYTES) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, CPU tensor) in the order of the bytes; a tensor is a read-only view where alignment allows.
 
     Of a body in a file one tensor is in memory at a time. Callers must not write into the tensors. Raises WireError on
     a malformed buffer, before the first yield.
     """
-    start, specs = read_specs(data)
+    start, specs = read_specs(data, max_header_bytes)
     for spec in specs:
         yield spec.name, _view(read_body(data, start + spec.begin, start + spec.end), spec)
 

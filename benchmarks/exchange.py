@@ -1,0 +1,211 @@
+"""What does it cost to move a model to a node and an update back, against a plain copy of the same bytes?
+
+One exchange: the base goes down, the update comes up, with TLS, sha256 at both ends and everything on disk, through
+the real gateway as a process of its own. The plain copy (`benchmarks.plain_copy`) has neither TLS nor hash. They take
+turns.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import flower_arrays, plain_copy
+from benchmarks.common import RESULTS, Out, Report
+from photon.fabric.gateway import GatewayConfig
+from photon.keys import client_context, create_authority, issue_node
+from photon.link.body import whole_file
+from photon.link.client import GatewayClient
+from photon.link.store import FolderStore
+from photon.link.tensors import sha256_hex
+from photon.link.transfer import download, upload
+
+_DEADLINE_S = 300.0
+
+
+def main(
+    megabytes: Annotated[int, typer.Option(help="Size of the base, and of the update.")] = 500,
+    turns: Annotated[int, typer.Option(help="Exchanges of each kind.")] = 5,
+    streams: Annotated[int, typer.Option(help="Connections of one transfer.")] = 2,
+    nodes: Annotated[int, typer.Option(help="Nodes that exchange at once, in the last part.")] = 8,
+    arrays: Annotated[bool, typer.Option(help="Also through Flower's own arrays.")] = True,
+    out: Out = RESULTS,
+) -> None:
+    """Exchange against a plain copy, many nodes against one, and Flower's arrays."""
+    report = Report("exchange", out)
+    folder = Path(tempfile.mkdtemp(prefix="photon-exchange-", dir=Path.cwd()))
+    try:
+        names = [f"node{index}" for index in range(nodes)]
+        base = _random_file(folder / "base", megabytes * 10**6)
+        updates = {
+            name: _random_file(folder / f"update-{name}", megabytes * 10**6 // (1 if name == names[0] else 4))
+            for name in names
+        }
+        with _plain(folder) as plain_port, _gateway(folder, names) as (port, gateway, store):
+            ours, plain = [], []
+            for _ in range(turns):
+                plain.append(_plain_turn(plain_port, folder, base))
+                ours.append(_our_turn(folder, store, port, names[0], base, updates[names[0]], streams))
+            ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
+            row = {
+                "what": f"{megabytes} MB down and up",
+                "plain s": round(statistics.median(plain), 2),
+                "ours s": round(statistics.median(ours), 2),
+                "ratio": round(statistics.median(ratios), 2),
+                "worst ratio": round(max(ratios), 2),
+                "gateway peak MB": round(_peak(gateway.pid) / 1e6),
+            }
+            report.add(row)
+            report.add(_many(folder, store, port, names, base, updates, streams))
+        if arrays:
+            down_s, up_s, peak = flower_arrays.round_trip(folder / "flower", megabytes * 10**6)
+            report.add(
+                {
+                    "what": f"{megabytes} MB down and up as Flower's arrays",
+                    "theirs s": round(down_s + up_s, 2),
+                    "times ours": round((down_s + up_s) / statistics.median(ours), 1),
+                    "superlink peak MB": round(peak / 1e6),
+                }
+            )
+        report.show("Exchange of a model through the gateway")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _our_turn(folder: Path, store: FolderStore, port: int, name: str, base: Path, update: Path, streams: int) -> float:
+    """Seconds of one exchange: publish, download, upload, fetch."""
+    client, home = _client(folder, port, name), folder / f"home-{name}"
+    home.mkdir(exist_ok=True)
+    base_sha256, update_sha256 = _sha256(base), _sha256(update)
+    began = time.monotonic()
+    store.publish(base_sha256, whole_file(base))
+    store.allow(name, update.stat().st_size, time.time() + _DEADLINE_S)
+    download(client, base_sha256, home / "base", streams=streams, deadline_s=_DEADLINE_S)
+    upload(client, update_sha256, whole_file(update), streams=streams, deadline_s=_DEADLINE_S)
+    body = store.fetch(name, update_sha256, update.stat().st_size)
+    seconds = time.monotonic() - began
+    assert len(body) == update.stat().st_size
+    assert (home / "base").stat().st_size == base.stat().st_size
+    (home / "base").unlink()
+    store.discard(name)
+    client.close()
+    return seconds
+
+
+def _many(
+    folder: Path,
+    store: FolderStore,
+    port: int,
+    names: list[str],
+    base: Path,
+    updates: dict[str, Path],
+    streams: int,
+) -> dict[str, object]:
+    """Bytes per second of all nodes at once against one alone, with the same files (a quarter of the base each)."""
+    small = folder / "small"
+    small.write_bytes(base.read_bytes()[: base.stat().st_size // 4])
+    other = {name: updates[name] for name in names[1:]} | {names[0]: small}
+    size = small.stat().st_size + min(path.stat().st_size for path in other.values())
+
+    def one(name: str) -> float:
+        return _our_turn(folder, store, port, name, small, other[name], streams)
+
+    alone = statistics.median(size / one(names[0]) for _ in range(3))
+    with ThreadPoolExecutor(len(names)) as pool:
+        began = time.monotonic()
+        list(pool.map(one, names))
+        together = size * len(names) / (time.monotonic() - began)
+    return {
+        "what": f"{len(names)} nodes at once, {size // 2 // 10**6} MB down and up each",
+        "one node MB/s": round(alone / 1e6),
+        "all nodes MB/s": round(together / 1e6),
+        "ratio": round(together / alone, 2),
+    }
+
+
+def _plain_turn(port: int, folder: Path, base: Path) -> float:
+    began = time.monotonic()
+    plain_copy.get(port, base.name, folder / "plain-down")
+    plain_copy.put(port, "plain-up", base)
+    return time.monotonic() - began
+
+
+@contextmanager
+def _plain(folder: Path) -> Iterator[int]:
+    command = [sys.executable, "-m", "benchmarks.plain_copy", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+@contextmanager
+def _gateway(folder: Path, names: list[str]) -> Iterator[tuple[int, subprocess.Popen[str], FolderStore]]:
+    keys, exchange = folder / "keys", folder / "exchange"
+    create_authority(keys, ["127.0.0.1"])
+    for name in names:
+        issue_node(keys, name)
+    exchange.mkdir()
+    (exchange / "secret").write_bytes(os.urandom(32))
+    (exchange / "run.json").write_text("{}")
+    config = GatewayConfig(
+        host="127.0.0.1",
+        port=0,
+        keys=keys,
+        workspace=exchange / "blobs",
+        nodes=names,
+        run_file=exchange / "run.json",
+        status_file=exchange / "run.json",
+        superlink_port=1,
+        fleet_secret_file=exchange / "secret",
+    )
+    (exchange / "gateway.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-m", "photon.fabric.gateway", "--config", str(exchange / "gateway.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().rpartition(":")[2])
+            yield port, process, FolderStore(exchange / "blobs")
+        finally:
+            process.terminate()
+
+
+def _client(folder: Path, port: int, name: str) -> GatewayClient:
+    return GatewayClient(f"https://127.0.0.1:{port}", client_context(folder / "keys" / f"{name}.key"))
+
+
+@cache
+def _sha256(path: Path) -> str:
+    """Known before: the Aggregator and a node hash what they send when they write it."""
+    return sha256_hex(whole_file(path))
+
+
+def _random_file(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        for begin in range(0, size, 2**24):
+            file.write(os.urandom(min(2**24, size - begin)))
+    return path
+
+
+def _peak(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    typer.run(main)

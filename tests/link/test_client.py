@@ -1,0 +1,138 @@
+"""Small calls over connections that are kept; and what a failure of TLS says about which end to mend."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.fabric.gateways import Site, in_thread
+from tests.faults.proxy import Proxy
+from tests.link.plain import plain_server
+
+from photon.errors import ConfigError
+from photon.keys import client_context, create_authority, issue_node, revoke
+from photon.link.transfer import GatewayClient, LinkDownError, LinkRefusedError
+
+MIB = 2**20
+DEADLINE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("site"))
+    with in_thread(site):
+        yield site
+
+
+# Small calls
+
+
+def test_connections_are_used_again_and_a_closed_one_is_not(site: Site) -> None:
+    with Proxy("127.0.0.1", site.port) as proxy:
+        client = site.client(port=proxy.port)
+        for _ in range(5):
+            assert client.json("GET", "/v1/run")["run"] == "r"
+        assert proxy.accepted == 1
+        proxy.cut()
+        proxy.mend()
+        deadline = time.monotonic() + DEADLINE_S
+        while proxy.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)  # until the end has reached the client's socket
+        assert client.call("POST", "/v1/fleet/pull-messages", b"xy") == b"ada|pull-messages|xy"
+        assert proxy.accepted == 2
+        client.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["example.org:1", "ftp://h:1", "https://h:99999999", "http://example.org:80", "https://h:1/path", "https://u@h"],
+)
+def test_what_is_no_address_of_a_gateway_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match="not the address of a gateway"):
+        GatewayClient(url, ssl.create_default_context())
+
+
+def test_https_needs_a_key() -> None:
+    with pytest.raises(ConfigError, match="key file"):
+        GatewayClient("https://localhost:1", None)
+
+
+# TLS: which end to mend
+
+
+def refusal(client: GatewayClient) -> str:
+    with pytest.raises(LinkRefusedError) as caught:
+        client.json("GET", "/v1/run")
+    return str(caught.value)
+
+
+def test_a_node_without_a_certificate_is_told_so(site: Site) -> None:
+    context = ssl.create_default_context(cafile=str(site.keys / "ca.crt"))
+    assert "asks for a certificate" in refusal(GatewayClient(f"https://127.0.0.1:{site.port}", context, 5.0))
+
+
+def test_a_certificate_of_another_federation_is_told_apart(site: Site, tmp_path: Path) -> None:
+    create_authority(tmp_path / "keys")
+    issue_node(tmp_path / "keys", "ada")
+    url = f"https://127.0.0.1:{site.port}"
+    context = client_context(tmp_path / "keys" / "ada.key")
+    assert "not from the authority that made this node's key" in refusal(GatewayClient(url, context, 5.0))
+    context.load_verify_locations(site.keys / "ca.crt")  # now only the gateway has something against it
+    assert "does not know the authority" in refusal(GatewayClient(url, context, 5.0))
+
+
+def test_another_host_name_is_told(site: Site) -> None:
+    context = client_context(site.keys / "ada.key")
+    assert "--host 127.0.0.2" in refusal(GatewayClient(f"https://127.0.0.2:{_forwarded(site)}", context, 5.0))
+
+
+def _forwarded(site: Site) -> int:
+    """A port of 127.0.0.2 behind which the gateway is."""
+    listener = socket.create_server(("127.0.0.2", 0))
+
+    def carry() -> None:
+        with listener, listener.accept()[0] as client, socket.create_connection(("127.0.0.1", site.port)) as server:
+            threads = [threading.Thread(target=_copy, args=pair) for pair in ((client, server), (server, client))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(DEADLINE_S)
+
+    threading.Thread(target=carry, daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
+
+
+def test_a_revoked_certificate_is_told(site: Site) -> None:
+    issue_node(site.keys, "bob2")
+    client = site.client("bob2")
+    assert "takes no part in this run" in refusal(client)
+    revoke(site.keys, "bob2")
+    assert "was revoked" in refusal(client)
+
+
+def test_a_port_that_speaks_no_tls_is_told(site: Site) -> None:
+    with plain_server({}) as server:
+        context = client_context(site.keys / "ada.key")
+        assert "does not speak TLS" in refusal(GatewayClient(f"https://127.0.0.1:{server}", context, 5.0))
+
+
+def test_nobody_there_is_worth_another_try(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(LinkDownError, match="refused"):
+        site.client(port=port).json("GET", "/v1/run")

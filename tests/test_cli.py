@@ -25,7 +25,7 @@ FROZEN = {
     "keys revoke": ["name", "folder"],
     "keys list": ["folder"],
     "keys aggregator": ["folder", "--host", "--days"],
-    "keys operator": ["folder", "--out", "--days"],
+    "keys operator": ["folder", "--out"],
     "presets": ["name"],
     "data build": ["recipe", "options"],
     "data show": ["folder"],

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from photon.errors import InputError
+from photon.extras import require
 
 KeysFolder = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The authority (photon keys init DIR).")]
 
@@ -45,6 +46,7 @@ def aggregator(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on exactly where this run was.")] = None,
 ) -> None:
     """Hold the global model and run the rounds with nodes on other machines; restarts its own parts."""
+    require("sites")
     from photon import sites_far
     from photon.cli import split_words
     from photon.display import open_display
@@ -76,6 +78,7 @@ def node(
     socket: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Take part as one owner's node. Outbound connections only; the text stays here. Ctrl-C: hand in, then leave."""
+    require("sites")
     from photon.fabric.agent import Agent, NodeOptions, default_home
     from photon.fabric.home import NodeHome
     from photon.fabric.lifeline import end_with

@@ -24,6 +24,7 @@ from photon.display import Display
 from photon.durable import write_atomic
 from photon.errors import ConfigError, StateError, StoppedError
 from photon.events import RunFinished, RunStarted, Sampled
+from photon.extras import require
 from photon.fabric.base import Fabric
 from photon.fabric.local import LocalFabric
 from photon.fabric.site import SITE_FILE, SiteFile
@@ -223,7 +224,8 @@ def _setting(run: Run) -> Setting:
     plans = plan_processes(run.recipe)
     open_fabric: Callable[[Run, int, Tracker], AbstractContextManager[Fabric]]
     if run.recipe.link.fabric == "flower":
-        from photon.sites_here import open_sites_here  # flwr is an extra, and takes seconds to import
+        require("sites")
+        from photon.sites_here import open_sites_here  # it takes seconds to import Flower
 
         open_fabric = partial(open_sites_here, plans[0].threads)
     else:

@@ -12,7 +12,7 @@ import pytest
 
 from photon.config import Recipe
 from photon.data import build
-from photon.data.build import Prepared, Progress, describe, prepare, shard_folders
+from photon.data.build import Prepared, Progress, describe, prepare, prepare_tokenizer, shard_folders
 from photon.data.shards import ShardReader
 from photon.data.split import is_heldout
 from photon.data.stream import Stream
@@ -250,3 +250,25 @@ def test_description_of_a_shard_folder(root: Path) -> None:
     assert describe(shard_paths(prepared)[0])["excerpt"] is None
     with pytest.raises(DataError, match="no shards here"):
         shard_folders(root / "ann")
+
+
+def test_an_owner_without_text_here_cannot_be_prepared_here(root: Path) -> None:
+    with pytest.raises(DataError, match="silo bob has no text: name it in the recipe, or let its owner join"):
+        prepare(recipe({"ann": "ann", "bob": []}), root)
+
+
+def test_a_tokenizer_may_be_trained_on_text_of_nobody_in_particular(root: Path) -> None:
+    """The Aggregator alone, and a machine that has all owners' text, make the same one; no silo shapes it."""
+    shared = recipe(tokenizer_text="ann")
+    alone = prepare_tokenizer(recipe({"ann": [], "bob": []}, tokenizer_text="ann", dir="elsewhere"), root)
+    assert prepare(shared, root).tokenizer.sha256 == alone.sha256
+    write_text(root / "bob", "more")
+    assert prepare(shared, root).tokenizer.sha256 == alone.sha256
+    assert prepare(recipe(), root).tokenizer.sha256 != alone.sha256
+
+
+def test_owners_text_far_away_trains_no_tokenizer(root: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.tokenizer_text"):
+        prepare_tokenizer(recipe({"ann": [], "bob": []}), root)
+    with pytest.raises(DataError, match=r"data\.tokenizer_text"):
+        prepare_tokenizer(recipe(), root)  # its text may be in the recipe: an Aggregator still does not read it

@@ -86,13 +86,13 @@ def test_a_suspension_ends_when_a_round_no_longer_names_it(make_events: MakeEven
 def test_an_entry_says_what_the_node_said() -> None:
     said = NodeStatus(
         photon="0", run="run-1", state="ready", note="SECRET", nonce="n", phase="training", round=2, step=7, steps=16,
-        loss=3.5, tokens_available=1000, tokens_per_second=12.5, device="cuda:0",
+        loss=3.5, tokens_available=1000, tokens_per_second=12.5,
     )  # fmt: skip
     moved = {"bob": BlobTraffic(bytes_up=5, bytes_down=7)}
     status = build_status(FACTS, History(), [peer("bob", status=said, last_error="its update is lost")], moved, NOW)
     assert status.nodes["bob"].model_dump() == {
         "online": True, "state": "ready", "phase": "training", "step": 7, "steps": 16, "loss": 3.5, "round": 2,
-        "tokens_per_second": 12.5, "tokens_available": 1000, "device": "cuda:0", "late": False,
+        "tokens_per_second": 12.5, "tokens_available": 1000, "late": False,
         "last_heard_s_ago": 3.0, "bytes_up": 5, "bytes_down": 7, "last_error": "its update is lost", "refusals": 0,
         "suspended": "", "counted_rounds": 0,
     }  # fmt: skip
@@ -195,7 +195,7 @@ def test_remarks_are_the_last_twenty_in_one_line_each() -> None:
 def test_the_json_is_valid_and_reads_back_the_same(
     text: str, heard: float, loss: float | None, steps: int, open_task: bool
 ) -> None:
-    said = NodeStatus(photon="0", run="run-1", state="ready", loss=loss, steps=steps, step=steps, device=text[:300])
+    said = NodeStatus(photon="0", run="run-1", state="ready", loss=loss, steps=steps, step=steps, note=text[:300])
     known = [peer("bob", status=said, heard_at=heard, last_error=text, task=TASK if open_task else None)]
     history = History()
     history.remark(text, NOW)

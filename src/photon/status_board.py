@@ -53,7 +53,6 @@ class NodeEntry(_Entry):
     round: int = Field(0, description="Rounds committed before the one it works on, or worked on last.")
     tokens_per_second: float = 0.0
     tokens_available: int = 0
-    device: str = ""
     late: bool = Field(False, description="Others have answered in this round; it was asked and has not.")
     last_heard_s_ago: float | None = None
     bytes_up: int = Field(0, description="Measured at the gateway, node to Aggregator.")
@@ -184,7 +183,7 @@ def _entry_of(facts: RunFacts, history: History, name: str, peer: Peer | None, n
     }
     status = peer.status
     if status is not None:
-        shared = ["state", "tokens_per_second", "tokens_available", "device"]
+        shared = ["state", "tokens_per_second", "tokens_available"]
         if status.run == facts.run:  # else it may still speak of the work it did for another run
             shared += ["phase", "step", "steps", "loss", "round"]
         changes |= {key: getattr(status, key) for key in shared}

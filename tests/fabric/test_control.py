@@ -50,9 +50,7 @@ statuses = st.builds(
     loss=st.none() | numbers,
     body_bytes=naturals,
     tokens_available=naturals,
-    sources=st.integers(1, 64),
     tokens_per_second=numbers,
-    device=text(300),
 )
 ASK = {"version": 1, "run": "r", "wait_s": 1.0, "base_bytes": 7, "dropped": ""}
 STATUS = {"version": 1, "photon": "0", "state": "ready"}
@@ -172,5 +170,5 @@ def test_an_answer_can_name_no_text_path_or_shard() -> None:
     """Closed, and small: whoever adds a field has to change this list, and to think of the owner."""
     assert set(NodeStatus.model_fields) == {
         "version", "photon", "run", "state", "note", "nonce", "phase", "round", "step", "steps", "loss", "body_bytes",
-        "tokens_available", "sources", "tokens_per_second", "device",
+        "tokens_available", "tokens_per_second",
     }  # fmt: skip

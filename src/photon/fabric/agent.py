@@ -25,11 +25,13 @@ from photon.data.build import Progress
 from photon.errors import InputError, PhotonError, WireError
 from photon.fabric.card import read_card
 from photon.fabric.control import NodeStatus, read_ask, status_content
+from photon.fabric.discretion import say
 from photon.fabric.errands import Errands
 from photon.fabric.fleet_client import FleetClient, Question
 from photon.fabric.flwr_internals import RUN_ENDED, FlowerDownError
 from photon.fabric.home import NodeHome, PreparedRun, prepare_run
 from photon.link.client import GatewayClient, LinkDownError, LinkError, LinkRefusedError
+from photon.link.update import Sealed, decode_message, expect_task
 from photon.siteconfig import SiteConfig
 
 POLL_S = 1.0
@@ -78,13 +80,14 @@ class Agent:
         self._preparation: _Preparation | None = None
         self._errands: Errands | None = None
         self._held: Question | None = None
-        self._answer_at = 0.0
+        self._answer_at, self._has_news = 0.0, False
         self._traffic_lock = Lock()
         self._today = datetime.now().date()
         self._bytes_today = options.home.bytes_of(self._today)
         self._leave_by: float | None = None
         self._told_down = False
-        self._delivered = ""  # nonce of the finished task that was told to the Aggregator
+        self._told = ""  # nonce of the finished task that was told to the Aggregator
+        self._delivered = ""  # and of the one for which it has stopped asking since
         self._traffic_written = time.monotonic()
 
     def run(self) -> None:
@@ -138,7 +141,8 @@ class Agent:
             self._leave_by = time.monotonic() + self._options.leave_deadline_s
             say(f"leaving: handing in what there is, at most {self._options.leave_deadline_s:g} s")
         is_busy = self._errands is not None and self._errands.hand_in()
-        is_handed_in = self._errands is not None and self._errands.standing().nonce == self._delivered
+        standing = self._errands.standing() if self._errands is not None else None
+        is_handed_in = standing is not None and standing.phase == "done" and standing.nonce == self._delivered
         return not is_busy or is_handed_in or time.monotonic() > self._leave_by
 
     def _end(self) -> None:
@@ -154,33 +158,37 @@ class Agent:
     # One turn of the main thread.
 
     def _turn(self) -> None:
-        self._news.wait(POLL_S)
+        if self._news.wait(POLL_S):
+            self._news.clear()
+            self._has_news = True
         try:
             self._follow_preparation()
             question = self._fleet.pull()
             if question is not None:
-                if self._held is not None:
-                    self._answer(self._held)  # the one before is answered by what is known now
+                before, self._held = self._held, None
                 self._hear(question)
-            if self._held is not None and (self._news.is_set() or time.monotonic() >= self._answer_at):
-                self._news.clear()
-                self._answer(self._held)
-                self._held = None
+                if before is not None:
+                    self._answer(before)  # by what is known now
+            if self._held is not None and (self._has_news or time.monotonic() >= self._answer_at):
+                held, self._held = self._held, None
+                self._answer(held)
+                self._has_news = False
             self._told_down = False
             if time.monotonic() - self._traffic_written > _WRITE_TRAFFIC_S:
                 self._write_traffic()
         except FlowerDownError as error:
-            self._held = None
             self._refused(error)
             if error.code != RUN_ENDED:  # the question was of a run of Flower's that is over; another will come
                 self._down(error)
-            self._leaving.wait(2.0)
+                self._leaving.wait(2.0)
 
     def _hear(self, question: Question) -> None:
         self._held, self._answer_at = question, question.received
         try:
             ask, head = read_ask(question.content)
-            self._answer_at = question.received + ask.wait_s
+            self._answer_at = question.received + (0.0 if self._leaving.is_set() else ask.wait_s)
+            if self._told and self._told != (expect_task(decode_message(Sealed(head, b""))).nonce if head else ""):
+                self._delivered = self._told
             if self._preparation is None or (ask.run != self._preparation.run and self._preparation.thread is None):
                 self._learn_of_run()
             if self._errands is None or self._preparation is None or ask.run != self._preparation.run:
@@ -216,13 +224,11 @@ class Agent:
             loss=standing.loss if standing else None,
             body_bytes=standing.body_bytes if standing else 0,
             tokens_available=prepared.tokens_available if prepared else 0,
-            sources=min(64, prepared.sources) if prepared else 1,
             tokens_per_second=standing.tokens_per_second if standing else 0.0,
-            device=prepared.plan.device if prepared else "",
         )
         self._fleet.reply(question, status_content(status, standing.head if standing else b""))
         if standing is not None and standing.phase == "done":
-            self._delivered = standing.nonce
+            self._told = standing.nonce
 
     # The run, and its preparation.
 
@@ -346,11 +352,6 @@ class Agent:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def say(text: str) -> None:
-    """A line of the node's own log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def default_home(name: str) -> Path:

@@ -38,7 +38,7 @@ class Ask(_Closed):
 
 
 class NodeStatus(_Closed):
-    """How a node is. Nothing in it names a text, a path or a shard."""
+    """How a node is: its work, its speed and how much text it has. Nothing in it names a text, a path or a shard."""
 
     version: Literal[1] = 1
     photon: str = Field(max_length=32)
@@ -53,9 +53,7 @@ class NodeStatus(_Closed):
     loss: Number | None = None
     body_bytes: Natural = Field(0, description="Of the finished reply's body, which is uploaded.")
     tokens_available: Natural = 0
-    sources: Annotated[int, Field(ge=1, le=64)] = 1
     tokens_per_second: Number = 0.0
-    device: _Text = ""
 
 
 def ask_content(ask: Ask, head: bytes) -> Content:

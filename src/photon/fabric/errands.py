@@ -1,7 +1,8 @@
 """A node's open task, from the first byte of its base to the last byte of its update, on a thread of its own.
 
 The Aggregator asks for a task again and again; the same one changes nothing. The same work under another nonce (the
-Aggregator was started anew) is not begun again: its reply will carry the new nonce. Other work ends what is going on.
+Aggregator was started anew) is not begun again while it goes on: its reply will carry the new nonce. Work that was done
+is handed in again, untrained and uploaded if need be; work that failed is tried again. Other work ends what goes on.
 The trainer is a worker process that stays: model, compiled graph and optimizer are warm when the next task comes.
 """
 
@@ -10,12 +11,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Condition, Event, Thread
+from typing import NoReturn
 
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
+from photon.fabric.discretion import public_reason, say, without_secrets
 from photon.fabric.home import NodeHome, PreparedRun
 from photon.fabric.local import WORKER
 from photon.fabric.process import Ended, Signal, WorkerProcess
@@ -26,7 +30,6 @@ from photon.link.update import (
     MAX_HEADER_BYTES,
     Reply,
     Sealed,
-    Serialised,
     Task,
     decode_message,
     expect_reply,
@@ -35,7 +38,6 @@ from photon.link.update import (
 )
 from photon.node.device import worker_environment
 from photon.node.node import failure_reply
-from photon.node.trainer import TrainingError
 
 MAX_ATTEMPTS = 3  # of one task, when its worker dies
 _WORKER_START_S = 600.0
@@ -115,7 +117,7 @@ class Errands:
             if newest is not None and newest.task.nonce == task.nonce:
                 return
             job = _Job(task, head, base_bytes, time.monotonic())
-            if newest is not None and _is_same_work(newest.task, task):
+            if newest is not None and _is_same_work(newest.task, task) and self._standing.phase != "done":
                 self._rename(job)
                 return
             self._next = job
@@ -125,11 +127,10 @@ class Errands:
     def refuse(self, head: bytes, reason: str) -> None:
         """Answer a task with a failure without beginning it. Raises WireError if it is none."""
         task = expect_task(decode_message(Sealed(head, b"")))
-        job = _Job(task, head, 0, time.monotonic())
         with self._changed:
             if self._standing.nonce == task.nonce:
                 return
-            self._current = job
+            self._current = job = _Job(task, head, 0, time.monotonic())
         self._finish(job, failure_reply(Sealed(head, b""), task.node, reason))
 
     def drop(self, nonce: str) -> None:
@@ -161,16 +162,12 @@ class Errands:
             self._worker.wait()
 
     def _rename(self, job: _Job) -> None:
-        """The work at hand, or the finished reply, under another nonce."""
+        """The work at hand under another nonce."""
         if self._next is not None:
             self._next = replace(job, received=self._next.received)
             return
         self._current = replace(job, received=self._current.received if self._current else job.received)
-        head = self._standing.head
-        if head:
-            reply = expect_reply(decode_message(Sealed(head, b"")))
-            head = seal(reply.model_copy(update={"nonce": job.task.nonce})).head
-        self._standing = replace(self._standing, nonce=job.task.nonce, head=head)
+        self._standing = replace(self._standing, nonce=job.task.nonce)
 
     def _interrupt(self) -> None:
         if self._is_training and self._worker is not None:
@@ -179,17 +176,16 @@ class Errands:
     # The thread.
 
     def _loop(self) -> None:
-        self._start_worker()
+        with suppress(OSError):  # the task at hand will meet it again, and say so
+            self._start_worker()
         while True:
             with self._changed:
-                while self._next is None and not self._closing:
+                while (job := self._next) is None and not self._closing:
                     self._changed.wait(_POLL_S)
-                if self._closing:
+                if job is None or self._closing:
                     return
-                job, self._next = self._next, None
-                self._current = job
-            if job is not None:
-                self._run(job)
+                self._current, self._next = job, None
+            self._run(job)
 
     def _run(self, job: _Job) -> None:
         try:
@@ -197,18 +193,16 @@ class Errands:
         except _DroppedError:
             return
         except (PhotonError, OSError) as error:
-            print(f"round {job.task.round}: {type(error).__name__}: {error}", flush=True)
-            reply = failure_reply(Sealed(job.head, b""), job.task.node, public_reason(error))
+            say(f"round {job.task.round}: {type(error).__name__}: {error}")
+            reply = failure_reply(Sealed(job.head, b""), job.task.node, public_reason(type(error).__name__))
         self._finish(job, reply)
 
     def _do(self, job: _Job) -> Sealed:
         began = time.monotonic()
         base = self._base(job)
-        download_s = time.monotonic() - began
-        # What is left for training: the way up takes about as long as the way down.
-        left_s = job.task.deadline_s - (time.monotonic() - job.received) - 1.5 * download_s
-        task = job.task.model_copy(update={"deadline_s": max(_LEAST_TRAINING_S, left_s)})
-        reply = self._train(job, seal(task, base))
+        # When training must end: the way up takes about as long as the way down.
+        end = job.received + job.task.deadline_s - 1.5 * (time.monotonic() - began)
+        reply = self._train(job, base, end)
         self._check(job)
         if isinstance(reply.body, FileBody) and len(reply.body):
             self._show(job, phase="sending")
@@ -250,40 +244,56 @@ class Errands:
 
     def _check(self, job: _Job) -> None:
         with self._changed:
-            if self._closing or self._next is not None or self._current is None:
-                raise _DroppedError
-            if not _is_same_work(self._current.task, job.task):
+            if self._closing or self._next is not None or not self._is_current(job):
                 raise _DroppedError
 
-    def _train(self, job: _Job, message: Sealed) -> Sealed:
+    def _is_current(self, job: _Job) -> bool:
+        return self._current is not None and _is_same_work(self._current.task, job.task)
+
+    def _train(self, job: _Job, base: FileBody, end: float) -> Sealed:
         """The worker's reply. A worker that dies is started again and the task repeated from the state before."""
         self._show(job, phase="waiting", note="starting the trainer")
         deaths: list[str] = []
         while len(deaths) < MAX_ATTEMPTS:
-            worker = self._worker if self._worker is not None and not self._worker.died_idle else self._start_worker()
-            with self._changed:
-                self._is_training = True
-            worker.give(message)
             try:
+                worker = self._ready_worker(job)
+                with self._changed:
+                    self._is_training = True
+                left_s = max(_LEAST_TRAINING_S, end - time.monotonic())
+                worker.give(seal(job.task.model_copy(update={"deadline_s": left_s}), base))
                 return self._await_reply(job, worker)
             except TrainingDiedError as error:
                 deaths.append(str(error))
-                print(f"round {job.task.round}: {error}", flush=True)
+                say(f"round {job.task.round}: {error}")
             finally:
                 with self._changed:
                     self._is_training = False
         raise TrainingDiedError(f"its worker died {len(deaths)} times, at last: {deaths[-1]}")
 
-    def _await_reply(self, job: _Job, worker: WorkerProcess) -> Sealed:
-        started = time.monotonic()
-        while True:
+    def _ready_worker(self, job: _Job) -> WorkerProcess:
+        """The worker, once it has started: only then can it be told to stop, and only then its time begins."""
+        self._check(job)
+        worker = self._worker if self._worker is not None and not self._worker.died_idle else self._start_worker()
+        end = time.monotonic() + _WORKER_START_S
+        while not worker.is_ready:
+            self._check(job)
             try:
                 sender, signal = self._signals.get(timeout=_POLL_S)
             except Empty:
-                self._repeat_orders(job, worker)
-                if not worker.is_ready and time.monotonic() - started > _WORKER_START_S:
+                if time.monotonic() > end:
                     self._end_worker()
                     raise TrainingDiedError(f"the trainer did not start in {_WORKER_START_S:g} s") from None
+                continue
+            if sender is worker and isinstance(signal, Ended):
+                self._bury(signal)
+        return worker
+
+    def _await_reply(self, job: _Job, worker: WorkerProcess) -> Sealed:
+        while True:
+            self._repeat_orders(job, worker)
+            try:
+                sender, signal = self._signals.get(timeout=_POLL_S)
+            except Empty:
                 continue
             if sender is not worker:
                 continue  # the last words of one that was ended
@@ -291,21 +301,22 @@ class Errands:
                 self._progress(job, signal)
                 continue
             if isinstance(signal, Ended):
-                self._end_worker()
-                logs = self._prepared.folder.logs
-                raise TrainingDiedError(f"the trainer died ({signal.reason}); its log is in {logs}")
+                self._bury(signal)
             if signal.is_last:
                 self._end_worker()
-            return _without_secrets(signal.message)
+            return without_secrets(signal.message)
+
+    def _bury(self, ended: Ended) -> NoReturn:
+        self._end_worker()
+        raise TrainingDiedError(f"the trainer died ({ended.reason}); its log is in {self._prepared.folder.logs}")
 
     def _repeat_orders(self, job: _Job, worker: WorkerProcess) -> None:
-        """A worker that was not ready, or had not begun, has heard no order. Raises _DroppedError while closing."""
-        with self._changed:
-            if self._closing:
-                raise _DroppedError
+        """A worker that had not begun has heard no order. Raises _DroppedError while closing."""
         try:
             self._check(job)
         except _DroppedError:
+            if self._closing:
+                raise
             worker.ask_to_drop()
 
     def _progress(self, job: _Job, progress: NodeProgress) -> None:
@@ -323,7 +334,7 @@ class Errands:
         note: str = "",
     ) -> None:
         with self._changed:
-            if self._current is None or not _is_same_work(self._current.task, job.task):
+            if self._current is None or not self._is_current(job):
                 return
             self._standing = Standing(
                 phase=phase,
@@ -352,6 +363,9 @@ class Errands:
                 body_bytes=len(reply.body),
                 tokens_per_second=_speed(header) or self._standing.tokens_per_second,
             )
+        if header.training is not None:
+            done = header.training
+            say(f"round {job.task.round}: {done.steps} of {job.task.tau} steps, {done.tokens:,} tokens: handed in")
         self._news.set()
 
     def _start_worker(self) -> WorkerProcess:
@@ -379,26 +393,8 @@ class TrainingDiedError(PhotonError):
     """The process that trains ended by itself."""
 
 
-def public_reason(error: Exception) -> str:
-    """Why a task failed, as the Aggregator may know it: an owner's paths and text are in no message to others."""
-    return f"{type(error).__name__}; the node's own log says more"
-
-
-def _without_secrets(message: Serialised) -> Sealed:
-    """The worker's reply as it may leave the site: the reason of a failure can name the owner's paths."""
-    sealed = message if isinstance(message, Sealed) else Sealed(bytes(message), b"")
-    reply = expect_reply(decode_message(sealed))
-    if reply.status == "ok":
-        return sealed
-    print(f"round {reply.round}: {reply.error}", flush=True)
-    kind = reply.error.partition(":")[0]
-    reason = reply.error if kind == TrainingError.__name__ else f"{kind}; the node's own log says more"
-    return seal(reply.model_copy(update={"error": reason}))
-
-
 def _is_same_work(a: Task, b: Task) -> bool:
-    exclude = {"nonce", "deadline_s"}
-    return a.model_dump(exclude=exclude) == b.model_dump(exclude=exclude)
+    return a.model_copy(update={"nonce": b.nonce, "deadline_s": b.deadline_s}) == b
 
 
 def _speed(reply: Reply) -> float:

@@ -131,7 +131,7 @@ class FlowerFabric:
         self._wake.set()
 
     def receive(self, timeout_s: float) -> FabricEvent | None:
-        """The next event, or None after `timeout_s`. Raises FabricError when the SuperLink cannot be reached at all."""
+        """The next event, or None after `timeout_s`. Raises FabricError if the fabric is closed."""
         if self._closing.is_set():
             raise FabricError("the flower fabric is closed")
         try:

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import httpx
-
 from photon.fabric import flwr_internals as flower
 from photon.fabric.flwr_internals import CALL_TIMEOUT_S, Content, FlowerDownError, failures
 
@@ -171,10 +169,8 @@ class FlowerRun:
 
         try:
             content = flower.fetch_content(metadata.message_id, tree, pull_now)
-        except (_NotYetError, httpx.HTTPError):
-            raise
-        except Exception as error:  # noqa: BLE001  # what Flower makes of a stranger's bytes has many names
-            return self._dropped(announced, f"its answer is no message: {type(error).__name__}: {error}"[:300])
+        except ValueError as error:
+            return self._dropped(announced, f"its answer cannot be read: {error}"[:300])
         self._confirm(metadata.message_id)
         return FlowerReply(asked, node_id, content)
 

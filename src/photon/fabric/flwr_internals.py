@@ -220,10 +220,14 @@ def fetch_content(message_id: str, tree: ObjectTree, pull: Callable[[str], bytes
     if len(ids) > _MAX_OBJECTS:
         raise ValueError(f"a control message of {len(ids)} objects")
     try:
-        message = inflate_object_from_contents(message_id, pull_objects(ids, pull, max_time=_OBJECT_TIMEOUT_S))
+        parts = pull_objects(ids, pull, max_time=_OBJECT_TIMEOUT_S)
+    except ObjectPullError as error:
+        raise ValueError(f"a message that is not whole: {error}") from error
+    try:
+        message = inflate_object_from_contents(message_id, parts)
         if not isinstance(message, Message):
             raise TypeError(f"{message_id} is no message")
         record = message.content[_RECORD]
         return {str(key): value for key, value in record.items() if isinstance(value, str | bytes)}
-    except (ObjectPullError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a whole message of Photon's: {error}") from error
+    except Exception as error:  # what Flower makes of a stranger's bytes has many names, RecursionError among them
+        raise ValueError(f"no message of Photon's: {type(error).__name__}: {error}") from error

@@ -39,7 +39,6 @@ class PreparedRun:
     recipe: Recipe
     plan: WorkerPlan
     tokens_available: int
-    sources: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def prepare_run(
     folder.adopt_identity(card.run, card.vocab_size)
     sequence = own.data.sequence_length
     tokens = sum(ShardReader(source).train_sequences(sequence) for source in sources) * sequence
-    return PreparedRun(card.run, folder, own, plan_workers(own.node, 1)[0], tokens, len(sources))
+    return PreparedRun(card.run, folder, own, plan_workers(own.node, 1)[0], tokens)
 
 
 def _fetch_tokenizer(card: RunCard, folder: RunFolder, client: GatewayClient) -> None:

@@ -341,6 +341,8 @@ class _Upload(_Transfer):
             connection.putheader("Content-Length", str(part.end - begin))
             if at_gateway:
                 connection.putheader("Content-Range", f"bytes {begin}-{part.end - 1}/{self.body.size}")
+            else:
+                connection.putheader("x-ms-blob-type", "BlockBlob")  # Azure asks for it; the other clouds do not care
             connection.endheaders()
         for piece in FileBody(self.body.path, self.body.offset + begin, part.end - begin).chunks(PIECE_BYTES):
             try:

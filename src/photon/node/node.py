@@ -132,6 +132,7 @@ class Node:
             raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
         stored = self.site.replies.find(task) if self.site.replies and task.tau else None
         if stored is not None and self._led_to(task.round, stored.position_after):
+            print(f"round {task.round}: was trained before; its update is handed in again", flush=True)
             return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), stored.evaluation)
         base = decode_tensors(message.body)
         load_weights(self.trainer.model, base)

@@ -291,3 +291,18 @@ def test_an_empty_upload_is_whole_at_once(store: FolderStore) -> None:
     assert store.begin_upload("ada", sha256(b""), 0) == Location(bytes=0, parts=[])
     store.finish_upload("ada", sha256(b""))
     assert len(store.fetch("ada", sha256(b""), 0)) == 0
+
+
+def test_what_was_fetched_is_out_of_the_reach_of_its_node(store: FolderStore) -> None:
+    """A node that sends something else while the Aggregator reads would otherwise take the file away under it."""
+    gateway = FolderStore(store.root)
+    store.allow("ada", len(DATA), in_an_hour())
+    send(gateway, "ada", DATA)
+    body = store.fetch("ada", SHA, len(DATA))
+    other = bytes(reversed(DATA))
+    send(gateway, "ada", other)
+    assert bytes(body.read(0, len(body))) == DATA
+    assert gateway.begin_upload("ada", SHA, len(DATA)).parts[0].done == len(DATA)  # asked again, it need not send again
+    assert bytes(store.fetch("ada", hashlib.sha256(other).hexdigest(), len(DATA)).read(0, len(DATA))) == other
+    store.discard("ada")
+    assert not list(store.root.rglob(SHA))

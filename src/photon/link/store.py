@@ -164,12 +164,13 @@ class FolderStore:
 
     `down/SHA256` are the published blobs, `up/NODE/SHA256` the finished uploads, `tickets/NODE.json` the tickets. A
     node has at most one finished and one unfinished upload, each within its ticket: a newer one takes the place of the
-    one before. So the disk is bounded, whatever nodes send.
+    one before. What was fetched moves to `taken/NODE/SHA256`, where nothing that the node still sends can touch it. So
+    the disk is bounded, whatever nodes send, and no node can take away a file that is being read.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for folder in (root, self._down, self._up, self._tickets):
+        for folder in (root, self._down, self._up, self._taken, self._tickets):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = Lock()
         self._written: set[str] = set()
@@ -182,6 +183,10 @@ class FolderStore:
     @property
     def _up(self) -> Path:
         return self.root / "up"
+
+    @property
+    def _taken(self) -> Path:
+        return self.root / "taken"
 
     @property
     def _tickets(self) -> Path:
@@ -248,11 +253,18 @@ class FolderStore:
         return ticket
 
     def fetch(self, node: str, sha256: str, size: int) -> FileBody:
-        """See `BlobStore`."""
+        """See `BlobStore`. The same upload can be fetched again; one that was fetched before it is removed."""
+        upload, taken = self._upload(node, sha256), self._taken / node / sha256
         try:
-            body = whole_file(self._upload(node, sha256))
+            if not taken.is_file():
+                shutil.rmtree(taken.parent, ignore_errors=True)
+                taken.parent.mkdir(mode=0o700)
+                upload.replace(taken)
+            body = whole_file(taken)
         except FileNotFoundError:
             raise BlobError(f"{node} has not uploaded the blob {sha256} that it speaks of") from None
+        except OSError as error:
+            raise BlobError(f"{taken} cannot be read: {error.strerror}") from error
         if body.size != size:
             raise BlobError(f"the blob {sha256} of {node} has {body.size} bytes, {size} were announced")
         return body
@@ -261,6 +273,7 @@ class FolderStore:
         """See `BlobStore`. What is still arriving at the gateway is refused from its next piece or part on."""
         (self._tickets / f"{_checked_name(node)}.json").unlink(missing_ok=True)
         shutil.rmtree(self._up / node, ignore_errors=True)
+        shutil.rmtree(self._taken / node, ignore_errors=True)
 
     def locate(self, sha256: str) -> Location | None:
         """See `BlobStore`."""
@@ -280,7 +293,7 @@ class FolderStore:
         target = self._upload(node, sha256)
         with self._lock:
             bounds = part_bounds(size)
-            if target.is_file() and target.stat().st_size == size:
+            if self._is_here(node, sha256, size):
                 done = [high - low for low, high in bounds]
             else:
                 done = self._receiver(node, target, size).done()
@@ -303,7 +316,7 @@ class FolderStore:
     def finish_upload(self, node: str, sha256: str) -> None:
         """See `BlobStore`. Takes as long as the disk takes. Raises BlobIncompleteError, BlobDamagedError, OSError."""
         target = self._upload(node, sha256)
-        if target.is_file():
+        if self._is_here(node, sha256, None):
             self.ticket(node)
             return
         partial = self.incoming(node, sha256)
@@ -326,6 +339,11 @@ class FolderStore:
 
     def _upload(self, node: str, sha256: str) -> Path:
         return self._up / _checked_name(node) / _checked_sha256(sha256)
+
+    def _is_here(self, node: str, sha256: str, size: int | None) -> bool:
+        """Whether the upload was finished, fetched or not; with another size it is not the one that is meant."""
+        found = [path for path in (self._upload(node, sha256), self._taken / node / sha256) if path.is_file()]
+        return any(size is None or path.stat().st_size == size for path in found)
 
     def _receiver(self, node: str, target: Path, size: int) -> PartialFile:
         """The one unfinished upload of a node; one of other bytes is removed for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 import threading
@@ -14,9 +15,23 @@ from pathlib import Path
 from aiohttp import web
 
 from photon.fabric.fleet import CallRefusedError, FleetForwarder
-from photon.fabric.fleet_client import FleetClient
+from photon.fabric.fleet_client import FleetClient, Question
 from photon.fabric.flower_run import FlowerRun
-from photon.fabric.flwr_internals import FlowerDownError, flower_environment, superlink_arguments
+from photon.fabric.flwr_internals import (
+    MESSAGE_TYPE,
+    SUPERLINK_NODE_ID,
+    FlowerDownError,
+    Metadata,
+    ObjectTree,
+    PushMessagesRequest,
+    PushObjectRequest,
+    failures,
+    flower_environment,
+    message_to_proto,
+    new_message,
+    remove_content_from_message,
+    superlink_arguments,
+)
 from photon.fabric.supervise import Child, Supervisor, free_port
 
 SECRET = b"of a test: no key of a run......"
@@ -111,3 +126,44 @@ def _handler(forwarder: FleetForwarder, name: str) -> web.Handler:
         return web.Response(status=status, body=body, headers={"Content-Type": kind})
 
     return answer
+
+
+def object_of(kind: str, body: bytes, children: Sequence[bytes] = ()) -> bytes:
+    """An object as Flower stores it, of a kind that it knows, with any body and any children."""
+    names = ",".join(object_id(child) for child in children)
+    return f"{kind} {names} {len(body)}".encode() + b"\x00" + body
+
+
+def object_id(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def answer_with(
+    client: FleetClient, question: Question, objects: Sequence[bytes], source_id: int | None = None
+) -> None:
+    """Answer with any objects, the first of which passes for the message and the others for its parts.
+
+    Goes to Flower as a hostile node could, past all that `FleetClient.reply` would not do. `source_id`: in whose name.
+    """
+    node, root = client._joined(), object_id(objects[0])
+    created_at, ttl_s = question.created_at + 0.001, max(0.001, question.ttl_s - 0.001)
+    source = node.node_id if source_id is None else source_id
+    metadata = Metadata(
+        question.run_id, root, source, SUPERLINK_NODE_ID, question.message_id, "", created_at, ttl_s, MESSAGE_TYPE
+    )
+    message = remove_content_from_message(new_message(metadata, {}))
+    message.metadata.__dict__["_message_id"] = root
+    tree = ObjectTree(object_id=root, children=[ObjectTree(object_id=object_id(part)) for part in objects[1:]])
+    request = PushMessagesRequest(node=node, messages_list=[message_to_proto(message)], message_object_trees=[tree])
+    with failures("push"):
+        response = client._client.PushMessages(request)
+        for content in objects:
+            client._client.PushObject(
+                PushObjectRequest(
+                    node=node,
+                    run_id=question.run_id,
+                    object_id=object_id(content),
+                    object_content=content,
+                    session_id=response.session_id,
+                )
+            )

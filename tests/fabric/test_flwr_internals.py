@@ -15,7 +15,7 @@ import pytest
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
 from flwr.supercore.error import ApiErrorCode
 from flwr.superlink.routers.fleet.router import router
-from tests.fabric.superlinks import SECRET, Link, superlink
+from tests.fabric.superlinks import SECRET, Link, answer_with, object_of, superlink
 
 from photon.fabric import fleet, flower_run, flwr_internals
 from photon.fabric.fleet import NodeKeys
@@ -130,16 +130,15 @@ def test_a_question_and_its_answer_arrive_as_they_were_sent(federation: Federati
     assert federation.bob.pull() is None  # and to nobody else
     federation.ada.reply(question, {"status": "well", "head": b"\x01"})
     assert federation.answers(asked) == [FlowerReply(asked, federation.ada_id, {"status": "well", "head": b"\x01"})]
-    assert federation.run.pull([asked]) == []
+    assert [reply.content for reply in federation.run.pull([asked])] == [None]  # once
 
 
-def test_an_answer_to_a_question_that_is_too_old_is_refused(federation: Federation) -> None:
+def test_an_answer_to_a_question_that_is_too_old_is_dropped(federation: Federation) -> None:
     asked = federation.question(ttl_s=1.0)
     question = federation.ada.pull()
     assert question is not None
     time.sleep(1.2)
-    with pytest.raises(FlowerDownError):
-        federation.ada.reply(question, {"status": "late"})
+    federation.ada.reply(question, {"status": "late"})
     assert [(reply.content, reply.junk) for reply in federation.answers(asked)] == [(None, "")]
 
 
@@ -195,21 +194,53 @@ def test_an_answer_that_is_announced_and_never_sent_keeps_nobody_waiting(
     assert [(reply.message_id, reply.junk) for reply in federation.run.pull([hidden])] == [
         (hidden, "its answer was announced and never sent")
     ]
-    assert federation.run.pull([hidden]) == []
+    assert [reply.junk for reply in federation.run.pull([hidden])] == [""]
 
 
-@pytest.mark.parametrize(
-    ("objects", "reason"),
-    [
-        ({"Message": b"\xff" * 50}, "DecodeError"),
-        ({"ConfigRecord": b""}, "TypeError|not a whole message|no message"),
-        ({"Array": b"[" * 10_000}, ""),
-        ({"ArrayRecord": b'{"a": 1}'}, ""),
-        ({"RecordDict": b"\xff\xfe"}, ""),
-    ],
-)
-def test_an_answer_of_other_objects_is_dropped_and_the_next_one_heard(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch, objects: dict[str, bytes], reason: str
-) -> None:
-    """Objects whose bytes are no message, of each kind that Flower would inflate."""
-    pytest.skip("written below")
+PART = object_of("ConfigRecord", b"")
+JUNK = {
+    "a message of noise": [object_of("Message", b"\xff" * 50, [PART]), PART],
+    "no message at all": [PART],
+    "a record of noise": [object_of("ConfigRecord", b"\xff" * 50)],
+    "arrays of another shape than they say": [object_of("Array", b'{"dtype": "float32", "shape": [-1]}')],
+    "a list that never ends": [object_of("ArrayRecord", b"[" * 10_000)],
+    "parts that were not sent": [object_of("RecordDict", b"{}", [b"somewhere else"])],
+    "text that is none": [object_of("RecordDict", b"\xff\xfe")],
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_junk_in_an_answer_is_dropped_and_the_next_question_is_heard(federation: Federation, what: str) -> None:
+    """A liar can send any bytes as an object; whatever Flower's inflating does with them, the run goes on."""
+    asked = federation.question()
+    question = federation.ada.pull()
+    assert question is not None
+    answer_with(federation.ada, question, JUNK[what])
+    (reply,) = federation.answers(asked)
+    assert (reply.message_id, reply.node_id, reply.content) == (asked, federation.ada_id, None)
+    assert reply.junk.startswith("its answer cannot be read: "), reply
+    again = federation.question()
+    question = federation.ada.pull()
+    assert question is not None
+    federation.ada.reply(question, {"status": "well"})
+    assert [reply.content for reply in federation.answers(again)] == [{"status": "well"}]
+
+
+def test_a_node_cannot_speak_as_another(federation: Federation) -> None:
+    """In the call it is the SuperLink that notices, in the message the gateway."""
+    asked = federation.question(node_id=federation.bob_id)
+    question = federation.bob.pull()
+    assert question is not None
+    ada = federation.link.node("ada")
+    ada._node = flwr_internals.Node(node_id=federation.bob_id)  # bob's id, and the key of ada's certificate
+    for call in (ada.pull, ada.heartbeat, lambda: ada.reply(question, {"status": "bad"})):
+        with pytest.raises(FlowerDownError, match="Invalid SuperNode authentication") as caught:
+            call()
+        assert caught.value.status == 401
+    with pytest.raises(FlowerDownError, match="names another sender") as caught:
+        answer_with(federation.ada, question, [PART], source_id=federation.bob_id)
+    assert caught.value.status == 403
+    ada.leave()  # leaves bob alone
+    ada.close()
+    federation.bob.reply(question, {"status": "well"})
+    assert [reply.content for reply in federation.answers(asked)] == [{"status": "well"}]

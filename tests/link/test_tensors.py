@@ -1,6 +1,9 @@
 """The reader of tensors against the safetensors library, and against everything a sender could do to it."""
 
 import json
+import re
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from photon.errors import WireError
+from photon.link.body import FileBody, whole_file
 from photon.link.tensors import decode_tensors, encode_tensors, iterate_tensors, read_specs
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8]
@@ -87,6 +91,11 @@ def _with_header(header: object, body: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + body
 
 
+def in_file(path: Path, data: bytes) -> FileBody:
+    path.write_bytes(data)
+    return whole_file(path)
+
+
 ATTACKS = {
     "overlap": (
         {
@@ -112,16 +121,63 @@ ATTACKS = {
     ),
     "not JSON": (b"\xff\xfe", b""),
     "deep nesting": (b'{"a":' * 100_000, b""),
+    "deep nesting that ends": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b""),
+    "numbers beyond any buffer": (b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,1]}}', b"\0"),
+    "not a number": (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', b"\0"),
+    "shape of text": ({"a": {"dtype": "U8", "shape": "1", "data_offsets": [0, 1]}}, b"\0"),
+    "end before begin": ({"a": {"dtype": "U8", "shape": [0], "data_offsets": [1, 0]}}, b"\0"),
+    "a thousand dimensions": ({"a": {"dtype": "U8", "shape": [1] * 1000, "data_offsets": [0, 1]}}, b"\0"),
+    "a header of nothing": (b"", b""),
+    "two headers": (b"{}{}", b""),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_are_refused(name: str) -> None:
-    header, body = ATTACKS[name]
-    with pytest.raises(WireError):
-        list(iterate_tensors(_with_header(header, body)))
+def test_attacks_are_refused(name: str, tmp_path: Path) -> None:
+    """Whether the body is in memory or in the file that it arrived in."""
+    data = _with_header(*ATTACKS[name])
+    for body in (data, in_file(tmp_path / "body", data)):
+        with pytest.raises(WireError):
+            list(iterate_tensors(body))
 
 
-def test_a_header_length_cannot_make_us_allocate() -> None:
-    with pytest.raises(WireError, match="declares"):
-        read_specs(memoryview((2**62).to_bytes(8, "little") + b"{}"))
+def test_a_header_length_cannot_make_us_allocate(tmp_path: Path) -> None:
+    for data in ((2**62).to_bytes(8, "little") + b"{}", b"\xff" * 64, (2**31).to_bytes(8, "little")):
+        for body in (memoryview(data), in_file(tmp_path / "body", data)):
+            with pytest.raises(WireError, match="declares"):
+                read_specs(body)
+
+
+def test_a_header_longer_than_it_can_be_is_not_even_parsed(tmp_path: Path) -> None:
+    """Lists take 24 times their bytes when they are parsed; the reader of an update knows how long its header can be."""
+    data = _with_header(b'{"a":[' + b"[]," * 200_000 + b"[]]}", b"")
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match="a header 10000 at most"):
+            list(iterate_tensors(in_file(tmp_path / "body", data), 10_000))
+        assert tracemalloc.get_traced_memory()[1] < 200_000
+    finally:
+        tracemalloc.stop()
+
+
+@given(named_tensors(), st.data())
+def test_a_body_in_a_file_is_read_or_refused_like_one_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], data: st.DataObject
+) -> None:
+    """Any byte changed, any number of bytes cut off or added, and the file may hold other things before and behind."""
+    hostile = bytearray(encode_tensors(tensors))
+    for _ in range(data.draw(st.integers(0, 3))):
+        hostile[data.draw(st.integers(0, len(hostile) - 1))] = data.draw(st.integers(0, 255))
+    hostile = hostile[: data.draw(st.integers(0, len(hostile)))] + data.draw(st.binary(max_size=8))
+    offset = data.draw(st.integers(0, 20))
+    path = tmp_path_factory.getbasetemp() / "hostile"
+    path.write_bytes(bytes(offset) + hostile + bytes(5))
+    body = FileBody(path, offset, len(hostile))
+    try:
+        expected = decode_tensors(bytes(hostile))
+    except WireError as error:
+        with pytest.raises(WireError, match=re.escape(str(error))):
+            decode_tensors(body)
+        return
+    found = decode_tensors(body)
+    assert encode_tensors(found) == encode_tensors(expected)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from photon.fabric import flwr_internals as flower
 from photon.fabric.flwr_internals import CALL_TIMEOUT_S, Content, FlowerDownError, failures
 
-_ARRIVAL_S = 15.0  # an answer is announced before its parts are sent; one that is not whole by then never will be
+_ARRIVAL_S = 8.0  # an answer is announced before its parts are sent; one that is not whole by then never will be
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _SERVERAPP = "flwr-serverapp"
 # Flower wants an app to start a run. This one has no code and asks for none; nodes of Photon never fetch it.

@@ -1,0 +1,212 @@
+"""Which offers begin work, which go on with it, and which repeat it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from photon.errors import WireError
+from photon.fabric import errands
+from photon.fabric.errands import Errands, Standing
+from photon.fabric.home import NodeHome, PreparedRun
+from photon.fabric.process import WorkerProcess
+from photon.link.client import GatewayClient, LinkDownError
+from photon.link.update import EMPTY_SHA256, Reply, Sealed, Task, decode_message, expect_reply, seal
+
+DEADLINE_S = 10.0
+
+
+class Desk(Errands):
+    """Errands whose work is done by `work` instead of a trainer at the end of a network."""
+
+    def __init__(self, home: Path, work: Callable[[Task], Sealed]) -> None:
+        self.begun: list[str] = []
+        self.news = Event()
+        self._work = work
+        prepared = cast(PreparedRun, SimpleNamespace(run="r"))  # nothing else of it is read
+        super().__init__(prepared, NodeHome(home), cast(GatewayClient, None), 1, self.news, lambda count: None)
+
+    def _start_worker(self) -> WorkerProcess:
+        return cast(WorkerProcess, None)
+
+    def _do(self, job: errands._Job) -> Sealed:
+        self.begun.append(job.task.nonce)
+        self._show(job, phase="training")
+        reply = self._work(job.task)
+        self._check(job)
+        return reply
+
+    def wait(self, phase: str, nonce: str) -> Standing:
+        """How it stands, once it stands so."""
+        end = time.monotonic() + DEADLINE_S
+        while (standing := self.standing()).phase != phase or standing.nonce != nonce:
+            assert time.monotonic() < end, standing
+            time.sleep(0.005)
+        return standing
+
+
+@contextmanager
+def desk(home: Path, work: Callable[[Task], Sealed]) -> Iterator[Desk]:
+    opened = Desk(home, work)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def task(nonce: str, number: int = 3, run: str = "r") -> Task:
+    return Task(
+        run=run,
+        round=number,
+        node="ada",
+        nonce=nonce,
+        base_sha256="a" * 64,
+        evaluate=False,
+        sequential_step=4 * number,
+        tau=4,
+        deadline_s=60.0,
+    )
+
+
+def head(of: Task) -> bytes:
+    return seal(of, b"").head
+
+
+def ok(of: Task) -> Sealed:
+    return seal(
+        Reply(
+            run=of.run,
+            round=of.round,
+            node=of.node,
+            nonce=of.nonce,
+            base_sha256=of.base_sha256,
+            status="ok",
+            codec="exact",
+            body_sha256=EMPTY_SHA256,
+        )
+    )
+
+
+def reply_of(standing: Standing) -> Reply:
+    return expect_reply(decode_message(Sealed(standing.head, b"")))
+
+
+def test_the_same_offer_again_changes_nothing(tmp_path: Path) -> None:
+    with desk(tmp_path, ok) as here:
+        for _ in range(3):
+            here.offer(head(task("n1")), 0)
+            assert reply_of(here.wait("done", "n1")).nonce == "n1"
+        assert here.begun == ["n1"]
+        assert here.news.is_set()
+
+
+def test_work_that_goes_on_is_not_begun_again_for_another_nonce(tmp_path: Path) -> None:
+    release = Event()
+
+    def slow(of: Task) -> Sealed:
+        assert release.wait(DEADLINE_S)
+        return ok(of)
+
+    with desk(tmp_path, slow) as here:
+        here.offer(head(task("n1")), 0)
+        here.wait("training", "n1")
+        here.offer(head(task("n2")), 0)
+        here.wait("training", "n2")
+        release.set()
+        assert reply_of(here.wait("done", "n2")).nonce == "n2"
+        assert here.begun == ["n1"]
+
+
+def test_a_failure_is_not_repeated_but_tried_again(tmp_path: Path) -> None:
+    answers = [LinkDownError("the disk is full"), None]
+
+    def flaky(of: Task) -> Sealed:
+        if (trouble := answers.pop(0)) is not None:
+            raise trouble
+        return ok(of)
+
+    with desk(tmp_path, flaky) as here:
+        here.offer(head(task("n1")), 0)
+        assert reply_of(here.wait("done", "n1")).status == "failed"
+        here.offer(head(task("n2")), 0)
+        assert reply_of(here.wait("done", "n2")).status == "ok"
+        assert here.begun == ["n1", "n2"]
+
+
+def test_finished_work_is_handed_in_again_and_not_merely_renamed(tmp_path: Path) -> None:
+    """What was uploaded may be gone: an Aggregator that was stopped in good order has removed it."""
+    with desk(tmp_path, ok) as here:
+        here.offer(head(task("n1")), 0)
+        here.wait("done", "n1")
+        here.offer(head(task("n2")), 0)
+        here.wait("done", "n2")
+        assert here.begun == ["n1", "n2"]
+
+
+def test_other_work_takes_the_place_of_what_goes_on(tmp_path: Path) -> None:
+    release = Event()
+
+    def slow_first(of: Task) -> Sealed:
+        assert of.nonce == "n2" or release.wait(DEADLINE_S)
+        return ok(of)
+
+    with desk(tmp_path, slow_first) as here:
+        here.offer(head(task("n1")), 0)
+        here.wait("training", "n1")
+        here.offer(head(task("n2", number=4)), 0)
+        release.set()
+        assert reply_of(here.wait("done", "n2")).round == 4
+        assert here.begun == ["n1", "n2"]
+
+
+def test_dropped_work_leaves_nothing_to_hand_in(tmp_path: Path) -> None:
+    release = Event()
+
+    def slow(of: Task) -> Sealed:
+        assert release.wait(DEADLINE_S)
+        return ok(of)
+
+    with desk(tmp_path, slow) as here:
+        here.offer(head(task("n1")), 0)
+        here.wait("training", "n1")
+        here.drop("another")
+        assert here.hand_in()
+        here.drop("n1")
+        assert here.standing() == Standing()
+        assert not here.hand_in()
+        release.set()
+        here.offer(head(task("n2")), 0)
+        here.wait("done", "n2")
+
+
+def test_a_reason_that_names_the_owners_paths_stays_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(of: Task) -> Sealed:
+        raise OSError(28, "no space", "/home/ada/diary")
+
+    with desk(tmp_path, failing) as here:
+        here.offer(head(task("n1")), 0)
+        reply = reply_of(here.wait("done", "n1"))
+    assert reply.error == "OSError; the node's own log says more"
+    assert "/home/ada/diary" in capsys.readouterr().out
+
+
+def test_a_task_is_refused_without_being_begun(tmp_path: Path) -> None:
+    with desk(tmp_path, ok) as here:
+        here.refuse(head(task("n1")), "CapReachedError: outside its hours")
+        assert reply_of(here.wait("done", "n1")).error == "CapReachedError: outside its hours"
+        here.offer(head(task("n1")), 0)  # that nonce has had its answer
+        assert here.begun == []
+        here.offer(head(task("n2")), 0)
+        assert reply_of(here.wait("done", "n2")).status == "ok"
+
+
+def test_a_task_of_another_run_is_no_task(tmp_path: Path) -> None:
+    with desk(tmp_path, ok) as here, pytest.raises(WireError, match="of run other"):
+        here.offer(head(task("n1", run="other")), 0)

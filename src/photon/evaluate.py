@@ -52,6 +52,8 @@ def export_run(folder: RunFolder, out: Path) -> None:
 
 
 def _silos(run: Run, max_sequences: int) -> Iterator[tuple[str, list[HeldOut]]]:
+    if not run.sites:
+        raise InputError("the owners' text is not on this machine: give text to score with --data")
     length = run.recipe.data.sequence_length
     for site in run.sites:
         if site.evaluates:

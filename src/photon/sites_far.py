@@ -65,6 +65,9 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
     """
     folder.identity()
     recipe = load_recipe(folder.recipe)
+    if folder.model.is_dir() and max(NumberedStates(folder.rounds).numbers(), default=0) >= recipe.federation.rounds:
+        print(f"{folder.path} is finished: its model is {folder.model}", flush=True)
+        return
     hub = Hub(folder)
     hub.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _one_at_a_time(hub), _stop_signals():
@@ -142,7 +145,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(_LOOK_S)
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_S)
         process.kill()
@@ -197,7 +200,9 @@ def main() -> None:
         end_with(arguments.socket)
     folder = RunFolder(arguments.run)
     try:
-        with open_display(sys.stdout) as display, folder.lock():
+        with _stop_signals(), open_display(sys.stdout) as display, folder.lock():
+            for note in folder.changes():
+                display.note(note)
             run = open_run(folder)
             setting = Setting("sites", len(run.recipe.silo), 1, False, _open_hub_fabric)
             summary = run_to_end(run, display, setting, f"photon aggregator --resume {folder.path} ...")

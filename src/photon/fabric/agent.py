@@ -43,7 +43,9 @@ LEAVE_DEADLINE_S = 120.0
 
 
 class NodeRefusedError(PhotonError):
-    """The Aggregator does not take this node; trying again would not change that."""
+    """The Aggregator does not take this node; trying again would not change that (exit code 2: a person must act)."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

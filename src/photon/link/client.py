@@ -203,11 +203,13 @@ def _tls_sentence(error: ssl.SSLError, place: str) -> str | None:
     """What to mend, and at which end; None if the connection merely broke."""
     host = place.rsplit(":", 1)[0]
     if isinstance(error, ssl.SSLCertVerificationError):
+        other = (
+            f"the certificate at {place} is not for {host}: reach the Aggregator under a name it has, or have it "
+            f"renewed there with photon keys aggregator DIR --host {host}"
+        )
         return {
-            _OTHER_HOST: f"the certificate at {place} is not for {host}: reach the Aggregator under a name it has, or "
-            f"make its keys with --host {host}",
-            _OTHER_ADDRESS: f"the certificate at {place} is not for {host}: reach the Aggregator under a name it has, "
-            f"or make its keys with --host {host}",
+            _OTHER_HOST: other,
+            _OTHER_ADDRESS: other,
             _EXPIRED: f"the certificate at {place} has expired: renew it there (or the clock of this machine is wrong)",
             _NOT_YET_VALID: f"the certificate at {place} is not valid yet: a clock is wrong, there or here",
         }.get(

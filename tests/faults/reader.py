@@ -32,7 +32,7 @@ class Reader:
         self._gateway_port, self._context = gateway_port, client_context(keys / f"{node}.key")
         self._server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._server_context.load_cert_chain(keys / AGGREGATOR_FILE)
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._ending = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reader", daemon=True)
 
     def __enter__(self) -> Self:
@@ -72,6 +72,7 @@ class Reader:
             both = [
                 asyncio.create_task(_pass_on(from_node, to_gateway, up)),
                 asyncio.create_task(_pass_on(from_gateway, to_node, down)),
+                asyncio.create_task(self._ending.wait()),
             ]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for task in both:
@@ -80,10 +81,10 @@ class Reader:
         to_node.close()
 
     async def _end(self) -> None:
+        self._ending.set()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.wait(others, timeout=_DEADLINE_S) if others else None
+        if others:
+            await asyncio.wait(others, timeout=_DEADLINE_S)
 
 
 async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, seen: bytearray) -> None:

@@ -18,7 +18,7 @@ from tests.faults.sites import Sites, write_texts
 pytestmark = [pytest.mark.sites, pytest.mark.timeout(1800)]
 
 BATCH, LENGTH = 2, 32
-RUN_S, REST_S = 0.025, 0.475  # of a slow trainer: twenty times slower than it could be
+RUN_S, REST_S = 0.01, 0.4  # of a slow trainer: forty times slower than it could be
 LATE = "no answer before the deadline"
 
 
@@ -79,9 +79,9 @@ def await_training(sites: Sites, *owners: str) -> int:
 
 def test_slow_silent_leaving_and_absent_nodes(tmp_path: Path) -> None:
     """The life of a federation of three, of whom one is enough."""
-    tau, rounds = 300, 18
+    tau, rounds = 300, 16
     full = tau * BATCH * LENGTH
-    extra = "quorum = 0.3\ngrace_s = 40.0\ndeadline_s = 30.0\nassemble_s = 15.0\n[checkpoint]\nkeep_last = 99\n"
+    extra = "quorum = 0.3\ngrace_s = 25.0\ndeadline_s = 25.0\nassemble_s = 15.0\n[checkpoint]\nkeep_last = 99\n"
     write_texts(tmp_path / "texts")
     with Sites(tmp_path / "sites", tmp_path / "texts", rounds=rounds, extra=extra, tau=tau) as sites:
         sites.start()
@@ -168,13 +168,12 @@ def test_spares_are_let_go_and_the_slow_are_given_less(tmp_path: Path) -> None:
             assert spare["missing"]["cyd"] == "not needed: 2 others had answered"
             assert set(spare["nodes"]) == {"ada", "bob"}
             sites.kill_node("bob")
+            quarter = tau * BATCH * LENGTH // 4
             less = await_round(
-                sites,
-                spare["round"],
-                "cyd has fewer steps",
-                lambda event: 0 < _tokens_of(event, "cyd") < tau * BATCH * LENGTH,
+                sites, spare["round"], "cyd has far fewer steps", lambda event: 0 < _tokens_of(event, "cyd") < quarter
             )
-        assert less["nodes"]["cyd"]["steps"] < less["nodes"]["ada"]["steps"]
+        assert less["nodes"]["ada"]["steps"] == tau
+        assert set(less["nodes"]) == {"ada", "cyd"}
         sites.finish(600)
         sites.check_streams(LENGTH)
 

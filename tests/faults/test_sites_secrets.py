@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
-import signal
 import socket
 import ssl
-import threading
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from tests.fabric.gateways import Site, ask, ask_over, connect, in_process, raw
+from tests.faults.federations import finish, start
 from tests.faults.reader import Reader
 from tests.faults.sites import TIMEOUT_S, Sites, write_texts
+from tests.faults.strangers import open_superlink, statuses_of_requests
 
-from photon.fabric.fleet import _CALLS
+from photon import certificates
 from photon.fabric.gateway import GatewayConfig
+from photon.keys import create_authority, issue_node, revoke
 
 DEADLINE_S = 20.0
-
-# What Flower's SuperLink answers beside the nine calls of a node.
-FLOWERS = sorted(
-    {path for _, path in PROTOBUF_REQUEST_TYPES if path.removeprefix("/v1/fleet/") not in _CALLS}
-    | {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/health", "/v1/health", "/v1/responses"}
-)
-# The same place by other names: `{}` is a path behind /v1/.
-TRICKS = [
-    "/v1/fleet/../{}", "/v1/fleet/./../{}", "/v1/fleet/%2e%2e/{}", "/v1/fleet/%2E%2E/{}", "/v1/fleet/.%2e/{}",
-    "/v1/fleet/..%2f{}", "/v1/fleet/..%252f{}", "/v1/fleet/..\\{}", "/v1/fleet/..;/{}", "/v1/fleet/pull-messages/../../{}",
-    "/v1/fleet/pull-messages/%2e%2e/%2e%2e/{}", "//v1/{}", "/v1//{}", "/v1/./{}", "/V1/{}", "/v1/fleet//v1/{}",
-    "/v1/fleet/%00/{}", "/v1/fleet/pull-messages%0d%0aX:/{}", "/v1/fleet/pull-messages%2f..%2f..%2f{}", "/%76%31/{}",
-    "http://127.0.0.1/v1/{}", "https://127.0.0.1/v1/{}", "http://superlink/v1/{}", "/v1/run/../{}", "/v1/blobs/../{}",
-    "/v1/fleet/{}", "/v1/fleet/fleet/../../{}", "\\v1\\{}", "/v1/{}/", "/v1/{}?/v1/fleet/pull-messages", "/v1/{}#/v1/fleet/",
-]  # fmt: skip
-BEHIND = ("control/list-runs", "control/start-run", "runtime/acquire-task", "fleet/get-fab", "fleet/unregister-node")
-
-
-class _Superlink(BaseHTTPRequestHandler):
-    """Answers everything, as a SuperLink would that checks nothing, and remembers what it was asked."""
-
-    def answer(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append((self.command, self.path))  # type: ignore[attr-defined]  # of our own server
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_HEAD = answer  # noqa: N815  # names of http.server
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 class SiteBefore(Site):
@@ -68,44 +34,6 @@ class SiteBefore(Site):
     @property
     def config(self) -> GatewayConfig:
         return super().config.model_copy(update={"superlink_port": self.superlink_port})
-
-
-@contextmanager
-def open_superlink() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Superlink)
-    server.asked = []  # type: ignore[attr-defined]  # see _Superlink
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(DEADLINE_S)
-
-
-def statuses_of_requests(site: Site | Sites) -> dict[str, set[int]]:
-    """HTTP statuses of everything of Flower's that is no node's business, asked for with a node's certificate."""
-    found: dict[str, set[int]] = {}
-
-    def ask_raw(method: str, target: str, head: str = "") -> None:
-        request = f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 0\r\n{head}\r\n"
-        answer = raw(site, request.encode())  # type: ignore[arg-type]  # both have a port and keys
-        found.setdefault(target, set()).add(int(answer.split(b" ")[1]) if answer else 400)
-
-    with closing(connect(site)) as connection:  # type: ignore[arg-type]  # see above
-        for path in FLOWERS:
-            for method in ("POST", "GET"):
-                found.setdefault(path, set()).add(ask_over(connection, method, path).status)
-    for trick in TRICKS:
-        for behind in BEHIND[:2]:
-            ask_raw("POST", trick.format(behind))
-    for behind in BEHIND:
-        ask_raw("POST", "/v1/fleet/../" + behind)
-        ask_raw("POST", "/", f"X-Original-URL: /v1/{behind}\r\nX-Rewrite-URL: /v1/{behind}\r\n")
-        ask_raw("CONNECT", "127.0.0.1:1")
-        ask_raw("OPTIONS", "*")
-    return found
 
 
 def test_nothing_of_flower_but_a_nodes_calls_reaches_the_superlink(tmp_path: Path) -> None:
@@ -122,10 +50,8 @@ def test_nothing_of_flower_but_a_nodes_calls_reaches_the_superlink(tmp_path: Pat
                 head + b"Transfer-Encoding: gzip, chunked\r\n\r\n",
                 head + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n",
             ):
-                answer = raw(site, both + smuggled)
-                assert [int(line.split(b" ")[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/")] == [
-                    400
-                ]
+                lines = raw(site, both + smuggled).split(b"\r\n")
+                assert [line.split(b" ")[1] for line in lines if line.startswith(b"HTTP/")] == [b"400"]
             assert {target: seen for target, seen in found.items() if not all(400 <= one < 500 for one in seen)} == {}
             assert superlink.asked == []  # type: ignore[attr-defined]  # see _Superlink
             assert ask(site, "POST", "/v1/fleet/pull-messages").status == 200
@@ -165,101 +91,165 @@ def private_lines(*files: Path) -> list[bytes]:
     return lines
 
 
-def spellings(secret: bytes) -> set[bytes]:
-    """How a secret could be written without being meant to be hidden."""
-    in_base64 = {b64encode(bytes(shift) + secret)[4 if shift else 0 : -4] for shift in range(3)}
-    return {
-        secret,
-        secret.hex().encode(),
-        quote(secret).encode(),
-        json.dumps(secret.decode("latin-1"))[1:-1].encode(),
-    } | {*in_base64}
+def spellings(secret: bytes) -> list[bytes]:
+    """How it could be written without being hidden: as it is, in hexadecimal, percent-encoded, in base64."""
+    aligned = (b64encode(bytes(shift) + secret)[4 if shift else 0 :].rstrip(b"=")[:-1] for shift in range(3))
+    return [secret, secret.hex().encode(), quote(secret).encode(), *aligned]
 
 
-def found_in(where: dict[str, bytes], secrets: dict[str, bytes]) -> list[tuple[str, str]]:
+def found_in(where: Mapping[str, bytes], secrets: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """(place, which secret) of every secret that stands in one of the places, in whatever spelling."""
     return [
         (place, name)
-        for place, data in where.items()
         for name, secret in secrets.items()
-        if any(spelling in data for spelling in spellings(secret))
+        for spelling in spellings(secret)
+        for place, data in where.items()
+        if spelling in data
     ]
 
 
-def files_under(*folders: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def wait_for(what: str, sites: Sites, condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end, f"{what}: it did not come to that\n{sites.story()}"
-        time.sleep(0.1)
-
-
-def plant(texts: Path) -> dict[str, bytes]:
-    """Hide a word in the text of each owner, and another in the names of its files; what was hidden, by its place."""
-    planted = {}
-    for owner in ("ada", "bob", "cyd"):
-        word, name = f"heirloom-{owner}-4f9c1e77", f"strongbox-{owner}-b81d20aa"
+def plant(texts: Path, owners: Sequence[str]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Hide a word in the text of each owner, and another in the names of its files: (words, names)."""
+    words = {f"text of {owner}": f"heirloom-{owner}-4f9c1e77".encode() for owner in owners}
+    names = {f"file names of {owner}": f"strongbox-{owner}-b81d20aa".encode() for owner in owners}
+    for owner in owners:
+        word, name = words[f"text of {owner}"].decode(), names[f"file names of {owner}"].decode()
         for file in sorted((texts / owner).iterdir()):
             file.write_text(f"{word} " + file.read_text().replace(";", f" {word};"))
             file.rename(file.with_name(f"{name}-{file.name}"))
-        planted |= {f"text of {owner}": word.encode(), f"file names of {owner}": name.encode()}
-    return planted
+    return words, names
 
 
 def break_site(sites: Sites, owner: str) -> None:
-    """Take a node's text away under it: tokens and all; its trainer ends, and cannot begin again."""
+    """Take a node's tokens away under it; its trainer ends, and cannot begin again."""
     for path in (sites.folder / "node-data" / owner).rglob("*"):
         if path.is_file():
             path.unlink()
-    for child in sites.trainers(owner):
-        child.kill()
+    trainer = sites.trainer(owner)
+    if trainer is not None:
+        trainer.kill()
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Sites], dict[str, Path]]:
+    """Keys with which nobody gets in: of another authority, expired, and of a name that takes no part."""
+
+    def make(sites: Sites) -> dict[str, Path]:
+        elsewhere = tmp_path / "elsewhere"
+        create_authority(elsewhere)
+        found = {"another authority": issue_node(elsewhere, "ada"), "no part": issue_node(sites.keys, "eve")}
+        with monkeypatch.context() as patch:
+            long_ago = certificates.now() - timedelta(days=100)
+            patch.setattr(certificates, "now", lambda: long_ago)
+            found["expired"] = issue_node(sites.keys, "ada", days=1, out=tmp_path / "expired.key")
+        return found
+
+    return make
+
+
+def check_strangers(sites: Sites, keys: Mapping[str, Path]) -> None:
+    """Whatever they show, no byte is answered, or only that they are refused; their nodes end with a sentence."""
+    assert "CERTIFICATE_REQUIRED" in refused_handshake(sites.port, context_of(None))
+    assert "UNKNOWN_CA" in refused_handshake(sites.port, context_of(keys["another authority"]))
+    assert "CERTIFICATE_EXPIRED" in refused_handshake(sites.port, context_of(keys["expired"]))
+    assert "UNSUPPORTED_CERTIFICATE" in refused_handshake(sites.port, context_of(sites.keys / "aggregator.pem"))
+    with socket.create_connection(("127.0.0.1", sites.port), timeout=DEADLINE_S) as plain:
+        plain.sendall(b"GET /v1/run HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"HTTP" not in plain.recv(1000)
+    asked = statuses_of_requests(sites)
+    assert {target: seen for target, seen in asked.items() if not all(400 <= one < 500 for one in seen)} == {}
+    sentences = {
+        "another authority": "is not from the authority that made this node's key",
+        "expired": "expired on",
+        "no part": "eve takes no part in this run",
+    }
+    url = f"https://127.0.0.1:{sites.port}"
+    (sites.folder / "nothing.toml").write_text(f'text = ["{sites.folder}"]\n')
+    nodes = {
+        name: start("node", "--keys", key, "--aggregator", url, "--silo", sites.folder / "nothing.toml", "--state",
+                    sites.folder / f"home of {name}")
+        for name, key in keys.items()
+    }  # fmt: skip
+    for name, node in nodes.items():
+        code, output = finish(node, TIMEOUT_S)
+        assert code != 0
+        assert sentences[name] in " ".join(output.split())
+        assert "Traceback" not in output
+
+
+def check_revocation(sites: Sites, owner: str) -> None:
+    """It holds for the next request on a connection that is open, and the node ends with a sentence."""
+    with closing(connect(sites, owner)) as connection:
+        assert ask_over(connection, "GET", "/v1/run").status == 200
+        revoke(sites.keys, owner)
+        answer = ask_over(connection, "GET", "/v1/run")
+        assert (answer.status, "was revoked" in answer.json["error"]) == (403, True)
+    assert sites.nodes[owner].wait(TIMEOUT_S) == 2
+    last = sites.node_log(owner).read_text().splitlines()[-1]
+    assert f"the certificate of {owner} was revoked" in last
 
 
 @pytest.mark.sites
-@pytest.mark.timeout(900)
-def test_strangers_stay_out_and_secrets_stay_home(tmp_path: Path) -> None:
-    texts = tmp_path / "vault-7c0e5d93"
-    write_texts(texts, ("ada", "bob", "cyd"))
-    secrets = plant(texts) | {"a folder": b"vault-7c0e5d93"}
-    write_texts(tmp_path / "public", ("ada",))
-    owners = ("ada", "bob", "cyd", "dan")
-    extra = "quorum = 0.25\ngrace_s = 20.0"
-    with Sites(tmp_path / "sites", texts, rounds=30, extra=extra, owners=owners) as sites:
-        recipe = sites.recipe.read_text()
-        sites.recipe.write_text(recipe.replace(str(texts / "ada"), str(tmp_path / "public" / "ada")))
-        with (
-            Reader(sites.port, sites.keys, "ada") as ada,
-            Reader(sites.port, sites.keys, "bob") as bob,
-            Reader(sites.port, sites.keys, "cyd") as cyd,
-        ):
+@pytest.mark.timeout(1200)
+def test_strangers_stay_out_and_secrets_stay_home(
+    tmp_path: Path, strangers: Callable[[Sites], dict[str, Path]]
+) -> None:
+    """Ada's tokens vanish in the run and bob's text before it; cyd is revoked, and gets a new key."""
+    owners, vault = ("ada", "bob", "cyd"), "vault-7c0e5d93"
+    texts = tmp_path / vault
+    write_texts(texts, owners)
+    words, names = plant(texts, owners)
+    names["a folder"] = vault.encode()
+    write_texts(tmp_path / "public", owners[:1])
+    extra = "quorum = 0.3\ngrace_s = 20.0\ndeadline_s = 240.0"
+    with Sites(tmp_path / "sites", texts, rounds=16, extra=extra, owners=owners) as sites:
+        sites.recipe.write_text(sites.recipe.read_text().replace(str(texts), str(tmp_path / "public")))
+        readers = {owner: Reader(sites.port, sites.keys, owner) for owner in owners}
+        with readers["ada"], readers["bob"], readers["cyd"]:
+            (texts / "bob").rename(texts / "gone")
             sites.start_aggregator()
-            for path in (texts / "bob").iterdir():
-                path.unlink()
-            for owner, reader in (("ada", ada), ("bob", bob), ("cyd", cyd)):
+            for owner, reader in readers.items():
                 sites.start_node(owner, port=reader.port)
-            assert sites.nodes["bob"].wait(TIMEOUT_S) not in (0, None)
-            sites.wait_for_round(2)
+            assert sites.nodes["bob"].wait(TIMEOUT_S) == 2
+            sites.wait_for_round(1)
+            check_strangers(sites, strangers(sites))
             break_site(sites, "ada")
-            _strangers_stay_out(sites, tmp_path)
-            revoked_is_shut_out(sites)
-            wait_for("a failed task", sites, lambda: any("node reports" in said(one) for one in sites.rounds()))
-            # Only nodes that failed are left: the run stops here, and what is on the disk is all there will be.
-            assert sites.aggregator is not None
-            sites.aggregator.send_signal(signal.SIGTERM)
-            output, _ = sites.aggregator.communicate(timeout=TIMEOUT_S)
-            sites.aggregator = None
-            sent = {"ada sent": ada.sent, "bob sent": bob.sent, "cyd sent": cyd.sent}
-            heard = {"ada heard": ada.received, "bob heard": bob.received, "cyd heard": cyd.received}
-        print(output, sent.keys(), heard.keys(), secrets)
+            sites.wait_until(lambda: "node reports" in sites.rounds()[-1]["missing"].get("ada", ""), "ada's task fails")
+            check_revocation(sites, "cyd")
+            issue_node(sites.keys, "cyd")
+            sites.start_node("cyd")
+            output = sites.finish()
+            sent = {f"what {owner} sent": reader.sent for owner, reader in readers.items()}
+            heard = {f"what {owner} heard": reader.received for owner, reader in readers.items()}
+        logs = {f"log of {owner}": sites.node_log(owner).read_bytes() for owner in owners}
+        for home in sites.folder.glob("home-*"):
+            logs |= {path: data for path, data in files_under(home).items() if path.endswith(".log")}
+        kept = files_under(sites.run_folder)
+        keys = private_lines(*sites.keys.glob("*.key"), *sites.keys.glob("*.pem"))
+        keys += [kept.pop(str(sites.run_folder / "exchange" / "secret"))]
+        private = {f"line {number} of the keys": key for number, key in enumerate(keys)}
+        assert len(private) >= 6 * 3
+        reached = kept | sent | heard | {"the Aggregator's output": output.encode()}
 
+        # The secrets were there to be found, what was sent was read, and whatever failed was said.
+        assert found_in(logs, names | words) == [("log of bob", "a folder")]
+        assert {place for place, _ in found_in(files_under(texts), words)} == {
+            str(path) for path in texts.rglob("*.txt")
+        }
+        assert b'"state":"ready"' in sent["what ada sent"]
+        assert b"PUT /v1/uploads/" in sent["what ada sent"]
+        assert b'"state":"preparing"' in sent["what bob sent"] or b"GET /v1/run" in sent["what bob sent"]
+        assert b"the node's own log says more" in sent["what ada sent"]
+        reasons = {one["missing"].get("ada", "") for one in sites.rounds()}
+        assert any(re.fullmatch(r"the node reports: \w+; the node's own log says more", one) for one in reasons), (
+            reasons
+        )
 
-def said(one: dict[str, dict[str, str]]) -> str:
-    return one["missing"].get("ada", "")
-
-
-def revoked_is_shut_out(sites: Sites) -> None: ...
-
-
-def _strangers_stay_out(sites: Sites, tmp_path: Path) -> None: ...
+        # None of them is anywhere but where its owner put it.
+        assert found_in(reached, words | names) == []
+        assert found_in(reached | logs, private) == []
+        assert [name for name, data in sent.items() if b"node-data" in data or b"home-" in data] == []

@@ -24,6 +24,7 @@ from photon.data.build import Progress, prepare_tokenizer
 from photon.display import Display, open_display
 from photon.durable import NumberedStates, write_atomic
 from photon.errors import ConfigError, FabricError, InputError, PhotonError, StoppedError
+from photon.events import RunFinished
 from photon.fabric.base import Fabric
 from photon.fabric.flower import FlowerFabric
 from photon.fabric.hub import Hub
@@ -31,7 +32,7 @@ from photon.fabric.lifeline import end_with
 from photon.fabric.supervise import Supervisor, start_child
 from photon.recipe import dump_recipe, load_recipe
 from photon.results import show_results
-from photon.run import Run, Setting, embedding_rows, open_run, run_to_end
+from photon.run import Run, Setting, embedding_rows, open_run, run_to_end, write_results
 from photon.runfolder import RunFolder
 from photon.status_board import StatusBoard
 from photon.track import Tracker, read_events
@@ -65,7 +66,8 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
     """
     folder.identity()
     recipe = load_recipe(folder.recipe)
-    if folder.model.is_dir() and max(NumberedStates(folder.rounds).numbers(), default=0) >= recipe.federation.rounds:
+    if _is_finished(folder, recipe):
+        write_results(folder)  # the last that a run does: it may have been ended before that
         print(f"{folder.path} is finished: its model is {folder.model}", flush=True)
         return
     hub = Hub(folder)
@@ -85,6 +87,14 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
         finally:
             supervisor.close()
     hub.remove_leftovers()
+
+
+def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether nothing is left to do but to write the results: the last event says so, and follows the export."""
+    if max(NumberedStates(folder.rounds).numbers(), default=0) < recipe.federation.rounds or not folder.model.is_dir():
+        return False
+    events = read_events(folder.metrics)
+    return bool(events) and isinstance(events[-1], RunFinished)
 
 
 @contextmanager

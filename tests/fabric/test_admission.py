@@ -187,3 +187,17 @@ def test_one_identity_has_few_requests_open_at_once(own_site: Site, monkeypatch:
             connection.send(b"2345")
             assert connection.getresponse().status == 200
         assert ask(own_site, "GET", "/v1/run").status == 200
+
+
+def test_the_log_tells_of_so_many_refusals_a_minute_and_of_the_number_of_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    remarks, most = admission.Remarks(), admission.MAX_REMARKS_A_MINUTE
+    told = [remarks.may_tell("ada", 100.0 + number * 0.01) for number in range(1000)]
+    assert told == [True] * most + [False] * (1000 - most)
+    assert remarks.may_tell("bob", 101.0)  # whatever ada does
+    assert not remarks.may_tell("ada", 159.9)
+    assert remarks.may_tell("ada", 160.0)
+    assert f"refused ada {1001 - most} times more" in caplog.text
+    assert remarks.may_tell("ada", 1e6)
+    assert caplog.text.count("times more") == 1

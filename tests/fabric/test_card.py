@@ -52,7 +52,6 @@ def test_a_card_names_no_text_path_or_silo_source() -> None:
     assert "cuda:6" not in text
 
 
-@pytest.mark.xfail(strict=True, reason="link.store is in the card: a path or a bucket of the Aggregator's")
 def test_a_card_does_not_say_where_the_aggregator_keeps_blobs() -> None:
     recipe = tiny_recipe(link={"fabric": "flower", "store": f"file:///{PRIVATE}"})
     assert PRIVATE not in told(recipe).model_dump_json()
@@ -145,7 +144,6 @@ def test_a_name_that_is_no_file_of_a_tokenizer_is_refused(name: str) -> None:
         unpack_tokenizer(pack_tokenizer({**FILES, name: "{}"}))
 
 
-@pytest.mark.xfail(strict=True, reason="`$` lets a newline at the end pass; fullmatch would not")
 def test_a_name_that_ends_in_a_new_line_is_refused() -> None:
     with pytest.raises(WireError, match="which is no file of a tokenizer"):
         unpack_tokenizer(pack_tokenizer({"tokenizer.json\n": "{}"}))

@@ -96,10 +96,14 @@ class Line(Sites):
         accounts = json.loads((self.run_folder / "exchange" / "traffic.json").read_text())
         return {key: int(count) for key, count in accounts[owner].items()}
 
-    def arriving(self, direction: str) -> Path:
-        """The folder where ada's blobs arrive: bases at the node, updates at the gateway."""
-        uploads = self.run_folder / "exchange" / "blobs" / "up" / "ada"
-        return self.home("ada") / "bases" if direction == "down" else uploads
+    @property
+    def bases(self) -> Path:
+        """Where ada's bases arrive, and the newest one stays."""
+        return self.home("ada") / "bases"
+
+    def uploads(self, state: str) -> Path:
+        """Where ada's updates are at the gateway: `up` while they arrive, `taken` once the Aggregator has them."""
+        return self.run_folder / "exchange" / "blobs" / state / "ada"
 
     def finish_as(self, expected_sha256: str) -> None:
         """Every round had both nodes, nobody trained twice, and the model is that of a run without a network."""
@@ -117,27 +121,39 @@ class Blob:
     """The next blob that arrives in one direction; those that were seen before are not meant."""
 
     def __init__(self, sites: Line, direction: str, seen: set[str]) -> None:
-        self.sites, self.folder, self.seen = sites, sites.arriving(direction), seen
+        self.sites, self.direction, self.seen = sites, direction, seen
+        self.folder = sites.bases if direction == "down" else sites.uploads("up")
         self.path: Path | None = None
+        self.base: Path | None = None  # that an update was made from
 
     def size(self) -> int:
-        """Bytes that are here; -1 before it begins, and once it is whole."""
+        """Bytes that are here of what has begun to arrive; -1 if nothing has."""
         if self.path is None:
-            found = [path for path in self.folder.glob("*.partial") if path.name not in self.seen]
-            if not found:
+            self.path = next((path for path in self.folder.glob("*.partial") if path.name not in self.seen), None)
+            if self.path is None:
                 return -1
-            self.path = found[0]
-            self.seen.add(found[0].name)
+            self.seen.add(self.path.name)
+            if self.direction == "up":
+                self.base = next(path for path in self.sites.bases.iterdir() if not path.suffix)
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
             return -1
 
+    def is_whole(self) -> bool:
+        """Whether it has its own name, or what comes after it has begun."""
+        if self.path is None:
+            return False
+        if self.base is None:
+            return (self.folder / self.path.stem).exists()
+        found = any((self.sites.uploads(state) / self.path.stem).exists() for state in ("up", "taken"))
+        return found or not self.base.exists()
+
     def wait(self, share: float) -> int:
         """Until more than `share` of it is here; how many bytes are."""
         until(lambda: self.size() > 0, lambda: f"nothing arrives in {self.folder}\n{self.sites.story()}")
         wanted = share * self.sites.payload_bytes()
-        until(lambda: self.size() > wanted or self.size() < 0, self.sites.story)
+        until(lambda: self.size() > wanted or self.is_whole(), self.sites.story)
         size = self.size()
         assert size > wanted, f"{self.path} arrived too fast to be disturbed"
         return size
@@ -150,7 +166,7 @@ class Blob:
             size = self.size()
             if size >= 0:
                 sizes.append(size)
-            return size < 0
+            return self.is_whole()
 
         until(is_whole, lambda: f"{self.path} stays at {sizes[-1]} bytes\n{self.sites.story()}")
         return min(sizes)
@@ -251,7 +267,6 @@ def test_a_line_that_breaks_costs_what_was_under_way(tmp_path: Path) -> None:
             resets += len(times)
         sites.finish_as(expected)
         bob, breaks = sites.traffic("bob"), len(BREAKS) + resets
-        print(bob, sites.traffic("ada"), proxy.bytes_up, proxy.bytes_down, resets)
         # A break may cost a quarter of a megabyte; four blobs that began anew would cost five megabytes each.
         assert sites.traffic("ada")["bytes_up"] - bob["bytes_up"] < breaks * BREAK_BYTES // 4
         assert proxy.bytes_down - bob["bytes_down"] < breaks * BREAK_BYTES // 4
@@ -268,7 +283,6 @@ def assert_goes_on(
     here, payload, before, accepted = blob.wait(LATE), sites.payload_bytes(), passed(), proxy.accepted
     disturb(proxy)
     fewest, after = blob.wait_whole(), passed()
-    print(direction, disturb, here, fewest, after - before, payload)
     assert proxy.accepted > accepted  # somebody noticed
     assert fewest >= here, "what had arrived was thrown away"
     assert after - before < payload - here + BREAK_BYTES < payload - BREAK_BYTES
@@ -299,7 +313,6 @@ def test_a_slow_long_line_on_which_connections_drop(small: tuple[Path, str], tmp
             sites.join("ada", port=proxy.port)
             sites.finish_as(expected)
         blobs, least = sites.traffic("bob"), sites.payload_bytes() // 100_000
-        print(len(cuts), len(drops), sites.traffic("ada"), blobs, proxy.bytes_down, proxy.bytes_up)
         assert min(len(cuts), len(drops)) >= least  # no blob crossed in one piece
         assert sites.traffic("ada")["bytes_up"] - blobs["bytes_up"] < blobs["bytes_up"] / 2
 
@@ -348,7 +361,6 @@ def test_a_line_that_loses_packets(small: tuple[Path, str], lossy: LossyLine, tm
             disturb(lossy)
             assert blob.wait_whole() >= here, "what had arrived was thrown away"
         sites.finish_as(expected)
-        print(sites.traffic("ada"), sites.traffic("bob"), lossy.lost, lossy.packets)
         needed = sites.traffic("bob")["bytes_up"]
         assert sites.traffic("ada")["bytes_up"] - needed < len(LOSSES) * sites.payload_bytes() / 4
         assert min(lossy.lost.values()) > 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from photon.link.partial import BeyondPartError, OffsetError, PartialBusyError, 
 from photon.link.store import BlobError, BlobRefusedError
 
 MAX_REQUESTS_AT_ONCE = 16  # of one identity
+MAX_REMARKS_A_MINUTE = 30  # on refusals of one identity, in the log
+_MINUTE_S = 60.0
 IDENTITY = web.RequestKey("identity", Identity)
 _OPERATORS_PATHS = ("/v1/run", "/v1/status")
 _LOG = logging.getLogger("photon.gateway")
@@ -32,6 +35,23 @@ class RequestRefusedError(PhotonError):
         self.status, self.done = status, done
 
 
+class Remarks:
+    """How often the log tells of refusals: so many a minute for each name, that no name can fill the disk with them."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, int]] = {}  # when its minute began, and its refusals since
+
+    def may_tell(self, name: str, now: float) -> bool:
+        """Whether to tell of a refusal at `now` (monotonic seconds). A later minute says how many were left out."""
+        began, count = self._of.get(name, (now, 0))
+        if now - began >= _MINUTE_S:
+            if count > MAX_REMARKS_A_MINUTE:
+                _LOG.warning("refused %s %d times more in that minute", name, count - MAX_REMARKS_A_MINUTE)
+            began, count = now, 0
+        self._of[name] = (began, count + 1)
+        return count < MAX_REMARKS_A_MINUTE
+
+
 class Admission:
     """Asks of every request whose it is, and whether that identity may make it. Runs in one event loop."""
 
@@ -39,6 +59,7 @@ class Admission:
         self._nodes = nodes
         self._revocations = Revocations(keys)
         self._open: Counter[str] = Counter()
+        self._remarks = Remarks()
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -53,7 +74,8 @@ class Admission:
                 return await handler(request)
         except Exception as error:  # noqa: BLE001  # whatever went wrong in one request must not end the others
             refused = _refusal(error)
-        _LOG.warning("refused %s at %s: %d %s", name, request.remote, refused.status, refused)
+        if self._remarks.may_tell(name, time.monotonic()):
+            _LOG.warning("refused %s at %s: %d %s", name, request.remote, refused.status, refused)
         answer: dict[str, str | int] = {"error": str(refused)}
         if refused.done is not None:
             answer["done"] = refused.done

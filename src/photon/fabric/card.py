@@ -18,7 +18,7 @@ from photon.recipe import dump_recipe, parse_recipe
 
 MAX_TOKENIZER_BYTES = 64 * 2**20
 # Files of a tokenizer folder; nothing that could name a place outside it, nothing that is code.
-_TOKENIZER_FILE = re.compile(r"^[A-Za-z0-9_-]{1,64}\.(json|txt|model)$")
+_TOKENIZER_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.(json|txt|model)")
 
 
 class RunCard(BaseModel):
@@ -75,7 +75,7 @@ def unpack_tokenizer(blob: bytes) -> dict[str, str]:
     if not isinstance(files, dict) or not files or len(files) > 16:
         raise WireError("the tokenizer that came is not a handful of named files")
     for name, text in files.items():
-        if not _TOKENIZER_FILE.match(name) or not isinstance(text, str):
+        if not _TOKENIZER_FILE.fullmatch(name) or not isinstance(text, str):
             raise WireError(f"the tokenizer that came holds {name!r}, which is no file of a tokenizer")
     return files
 
@@ -87,4 +87,5 @@ def _without_text(recipe: Recipe) -> Recipe:
         for silo in recipe.silo
     ]
     data = recipe.data.model_copy(update={"dir": "data", "tokenizer": "given", "tokenizer_text": []})
-    return recipe.model_copy(update={"silo": silos, "data": data, "track": TrackConfig()})
+    link = recipe.link.model_copy(update={"store": ""})
+    return recipe.model_copy(update={"silo": silos, "data": data, "link": link, "track": TrackConfig()})

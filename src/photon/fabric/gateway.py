@@ -271,6 +271,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # not a line for every call that is forwarded
+    logging.getLogger("aiohttp.server").setLevel(
+        logging.CRITICAL
+    )  # nor a traceback for whatever is no HTTP: that is a 400
     if arguments.socket is not None:
         os.set_inheritable(arguments.socket, False)
         end_with(arguments.socket)

@@ -130,7 +130,7 @@ class Node:
             )
         if sha256_hex(message.body) != task.base_sha256:
             raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
-        stored = self.site.replies.find(task) if self.site.replies and task.tau else None
+        stored = self.site.replies.find(task, self.link.up) if self.site.replies and task.tau else None
         if stored is not None and self._led_to(task.round, stored.position_after):
             print(f"round {task.round}: was trained before; its update is handed in again", flush=True)
             return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), stored.evaluation)

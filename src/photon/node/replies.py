@@ -58,14 +58,14 @@ class ReplyStore:
         body = whole_file(self._states.folder(task.round) / UPDATE_FILE)
         return StoredReply(training, evaluation, codec, position_after, body, hashes[UPDATE_FILE])
 
-    def find(self, task: Task) -> StoredReply | None:
-        """The reply to this very work, if it was finished; a damaged one counts as none, since it can be made again."""
+    def find(self, task: Task, codec: str) -> StoredReply | None:
+        """The reply to this very work in this codec; a damaged one counts as none, since it can be made again."""
         if task.round not in self._states.numbers():
             return None
         try:
             committed = self._states.load(task.round)
             fields = committed.fields
-            if fields["work"] != _work(task):
+            if fields["work"] != _work(task) or fields["codec"] != codec:
                 return None
             evaluation = fields["evaluation"]
             return StoredReply(

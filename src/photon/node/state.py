@@ -80,10 +80,11 @@ class NodeStore:
         self._states.prune(needed | {ready_for} | {number for number in numbers if number > ready_for})
 
     def position_of(self, ready_for: int) -> int | None:
-        """The place in the data of the state filed under exactly this round; None if there is none."""
-        if ready_for not in self._states.numbers():
+        """The place in the data of the state filed under exactly this round; None if there is none that can be read."""
+        try:
+            position = self._states.fields(ready_for).get("position")
+        except StateError:
             return None
-        position = self._states.fields(ready_for).get("position")
         return position if isinstance(position, int) else None
 
     def set_aside(self, after: int) -> None:

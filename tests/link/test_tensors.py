@@ -149,7 +149,7 @@ def test_a_header_length_cannot_make_us_allocate(tmp_path: Path) -> None:
 
 
 def test_a_header_longer_than_it_can_be_is_not_even_parsed(tmp_path: Path) -> None:
-    """Lists take 24 times their bytes when they are parsed; the reader of an update knows how long its header can be."""
+    """Lists take 24 times their bytes when parsed; the reader of an update knows how long its header can be."""
     data = _with_header(b'{"a":[' + b"[]," * 200_000 + b"[]]}", b"")
     tracemalloc.start()
     try:

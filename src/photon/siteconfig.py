@@ -139,4 +139,6 @@ def _within(span: str, minute: int) -> bool:
     if found is None:
         return False
     begin, end = int(found[1]) * 60 + int(found[2]), int(found[3]) * 60 + int(found[4])
-    return begin <= minute < end if begin <= end else minute >= begin or minute < end
+    if begin == end:
+        return True  # all day
+    return begin <= minute < end if begin < end else minute >= begin or minute < end

@@ -197,6 +197,23 @@ def test_a_reason_that_names_the_owners_paths_stays_here(tmp_path: Path, capsys:
     assert "/home/ada/diary" in capsys.readouterr().out
 
 
+def test_a_mistake_of_ours_fails_its_task_and_not_the_node(tmp_path: Path) -> None:
+    """An error that nobody foresaw must not leave a node that says "training" for ever."""
+
+    def work(of: Task) -> Sealed:
+        if of.nonce == "n1":
+            raise ZeroDivisionError("/home/ada/letters")
+        return ok(of)
+
+    with desk(tmp_path, work) as here:
+        here.offer(head(task("n1")), 0)
+        reply = reply_of(here.wait("done", "n1"))
+        assert reply.status == "failed"
+        assert "letters" not in reply.error
+        here.offer(head(task("n2", 4)), 0)
+        assert reply_of(here.wait("done", "n2")).status == "ok"
+
+
 def test_a_task_is_refused_without_being_begun(tmp_path: Path) -> None:
     with desk(tmp_path, ok) as here:
         here.refuse(head(task("n1")), "CapReachedError: outside its hours")

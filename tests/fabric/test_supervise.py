@@ -130,15 +130,14 @@ class _Dead:
 
 
 class _Clock:
-    """Stands for the supervisor's event: nobody waits, and after so many pauses it is over."""
+    """Stands for the supervisor's event and for the time: nobody waits, and after so many starts it is over."""
 
-    def __init__(self, pauses: int) -> None:
-        self.pauses, self.waited = pauses, list[float]()
+    def __init__(self, starts: int) -> None:
+        self.now, self.starts, self.started = 1000.0, starts, list[float]()
 
     def wait(self, seconds: float) -> bool:
-        if seconds != supervise._LOOK_S:
-            self.waited.append(seconds)
-        return len(self.waited) == self.pauses
+        self.now += seconds
+        return len(self.started) >= self.starts
 
     def is_set(self) -> bool:
         return False
@@ -147,24 +146,39 @@ class _Clock:
 @pytest.mark.parametrize("is_steady", [False, True])
 def test_the_pauses_of_a_real_run(is_steady: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the real lengths
+    clock = _Clock(starts=9)
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def start(supervisor: Supervisor, child: Child) -> None:
         lived_s = supervise._STEADY_S + 1 if is_steady else 0.0
-        child.process, child.started_at = _Dead(), time.monotonic() - lived_s  # type: ignore[assignment]  # a stand-in
+        clock.started.append(clock.now)
+        child.process, child.started_at = _Dead(), clock.now - lived_s  # type: ignore[assignment]  # a stand-in
 
     monkeypatch.setattr(Supervisor, "_start", start)
     monkeypatch.setattr(supervise, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
     supervisor = Supervisor([Child("one", [], tmp_path / "log")])
-    clock = _Clock(pauses=8)
     supervisor._closing = clock  # type: ignore[assignment]  # a stand-in
     supervisor._look_after()
+    pauses = [after - before for before, after in zip(clock.started, clock.started[1:], strict=False)]
     if is_steady:
-        assert clock.waited == [supervise._FIRST_PAUSE_S] * 8
+        wanted = [supervise._FIRST_PAUSE_S] * 8
     else:
-        longest_s = supervise._LONGEST_PAUSE_S
-        assert clock.waited[0] <= 2 * supervise._FIRST_PAUSE_S
-        assert clock.waited[1:] == [min(2 * pause_s, longest_s) for pause_s in clock.waited[:-1]]
-        assert clock.waited[-1] == longest_s
+        wanted = [min(supervise._FIRST_PAUSE_S * 2**n, supervise._LONGEST_PAUSE_S) for n in range(1, 9)]
+        assert wanted[-1] == supervise._LONGEST_PAUSE_S
+    assert all(least <= pause <= least + 3 * supervise._LOOK_S for pause, least in zip(pauses, wanted, strict=True))
+
+
+def test_a_child_that_pauses_keeps_nobody_waiting(
+    tmp_path: Path, supervised: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = child(tmp_path, "one", "end"), child(tmp_path, "two")
+    supervised(one, two)
+    one.pause_s = 300.0
+    monkeypatch.setattr(supervise, "_LONGEST_PAUSE_S", 600.0)
+    until(lambda: one.start_at is not None and one.pause_s == 600.0, "it does not pause")
+    until(lambda: len(starts(tmp_path / "two")) == 1, "the other one was not started")
+    os.kill(starts(tmp_path / "two")[0][0], signal.SIGKILL)
+    until(lambda: len(starts(tmp_path / "two")) == 2, "the other one waited for it")
 
 
 OUTER = """

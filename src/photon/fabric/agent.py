@@ -255,7 +255,7 @@ class Agent:
                 preparation.prepared = prepare_run(
                     card, recipe, options.name, options.site, options.home, self._client, report
                 )
-            except (PhotonError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # the main thread raises it
                 preparation.failed = error
 
         say(f"run {card.run}: preparing")

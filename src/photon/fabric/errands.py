@@ -192,7 +192,7 @@ class Errands:
             reply = self._do(job)
         except _DroppedError:
             return
-        except (PhotonError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # without this thread the node would seem to work for ever
             say(f"round {job.task.round}: {type(error).__name__}: {error}")
             reply = failure_reply(Sealed(job.head, b""), job.task.node, public_reason(type(error).__name__))
         self._finish(job, reply)
@@ -363,8 +363,7 @@ class Errands:
                 body_bytes=len(reply.body),
                 tokens_per_second=_speed(header) or self._standing.tokens_per_second,
             )
-        if header.training is not None:
-            done = header.training
+        if (done := header.training) is not None:
             say(f"round {job.task.round}: {done.steps} of {job.task.tau} steps, {done.tokens:,} tokens: handed in")
         self._news.set()
 

@@ -77,7 +77,7 @@ class NodeHome:
         """Model bytes that crossed on this day, as far as they were written down."""
         try:
             return int(json.loads((self.path / "traffic.json").read_bytes()).get(day.isoformat(), 0))
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError):
             return 0
 
     def keep_bytes(self, day: date, count: int) -> None:

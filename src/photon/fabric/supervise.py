@@ -37,7 +37,8 @@ class Child:
     restarts: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started_at: float = 0.0
-    pause_s: float = _FIRST_PAUSE_S
+    pause_s: float = _FIRST_PAUSE_S  # before the last start
+    start_at: float | None = None  # monotonic: when a child that ended is started again
     socket: socket.socket | None = field(default=None, repr=False)
 
 
@@ -80,17 +81,24 @@ class Supervisor:
     def _look_after(self) -> None:
         while not self._closing.wait(_LOOK_S):
             for child in self.children:
-                if child.process is None or child.process.poll() is None:
-                    continue
-                self._end(child, 0.0)
-                lived_s = time.monotonic() - child.started_at
-                child.pause_s = _FIRST_PAUSE_S if lived_s > _STEADY_S else min(2 * child.pause_s, _LONGEST_PAUSE_S)
-                if self._closing.wait(child.pause_s):
-                    return
-                with self._lock:
-                    if not self._closing.is_set():
-                        child.restarts += 1
-                        self._start(child)
+                if child.start_at is None and child.process is not None and child.process.poll() is not None:
+                    self._end(child, 0.0)
+                    lived_s = time.monotonic() - child.started_at
+                    child.pause_s = _FIRST_PAUSE_S if lived_s > _STEADY_S else min(2 * child.pause_s, _LONGEST_PAUSE_S)
+                    child.start_at = time.monotonic() + child.pause_s  # meanwhile the others are looked after
+                if child.start_at is not None and time.monotonic() >= child.start_at:
+                    self._start_again(child)
+
+    def _start_again(self, child: Child) -> None:
+        with self._lock:
+            if self._closing.is_set():
+                return
+            try:
+                child.restarts += 1
+                self._start(child)
+                child.start_at = None
+            except OSError:  # no memory, no disk: it may be there later
+                child.start_at = time.monotonic() + child.pause_s
 
     def _end(self, child: Child, deadline_s: float) -> None:
         process = child.process

@@ -73,7 +73,7 @@ def await_round(sites: Sites, after: int, what: str, fits: Callable[[dict[str, A
 def await_training(sites: Sites, *owners: str) -> int:
     """Wait until all of them are in the middle of the open round; which one that is."""
     for owner in owners:
-        sites.wait_until(lambda owner=owner: sites.is_training(owner), f"{owner} trains")  # type: ignore[misc]  # mypy knows no default here
+        sites.wait_until(lambda owner=owner: sites.is_training(owner), f"{owner} trains")
     return sites.committed()
 
 

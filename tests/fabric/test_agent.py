@@ -1,0 +1,167 @@
+"""How a node answers and leaves: turn by turn, with a Flower and a trainer that do what the test says."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from photon.fabric import agent as agents
+from photon.fabric.agent import Agent, NodeOptions
+from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
+from photon.fabric.errands import Errands, Standing
+from photon.fabric.fleet_client import Question
+from photon.fabric.flwr_internals import RUN_ENDED, Content, FlowerDownError
+from photon.fabric.home import NodeHome
+from photon.link.update import Task, seal
+from photon.siteconfig import SiteConfig
+
+DONE = Standing(phase="done", nonce="n1", round=3, head=b"a reply")
+
+
+class Fleet:
+    """Hands out the `questions`, keeps the answers; a run of Flower's in `ended` takes none."""
+
+    def __init__(self) -> None:
+        self.questions: list[Question] = []
+        self.answers: list[tuple[str, NodeStatus]] = []
+        self.ended: set[int] = set()
+
+    def pull(self) -> Question | None:
+        return self.questions.pop(0) if self.questions else None
+
+    def reply(self, question: Question, content: Content) -> None:
+        if question.run_id in self.ended:
+            raise FlowerDownError("the run is over", 403, RUN_ENDED)
+        self.answers.append((question.message_id, read_status(content)[0]))
+
+
+class Desk:
+    """Errands that stand as they are told to, and note what they are offered."""
+
+    def __init__(self) -> None:
+        self.stands = Standing()
+        self.offered: list[bytes] = []
+        self.is_busy = True
+
+    def standing(self) -> Standing:
+        return self.stands
+
+    def hand_in(self) -> bool:
+        return self.is_busy
+
+    def offer(self, head: bytes, base_bytes: int) -> None:
+        self.offered.append(head)
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Agent, Fleet, Desk]]:
+    """A node of run r that is prepared and online."""
+    fleet, desk = Fleet(), Desk()
+    monkeypatch.setattr(agents, "FleetClient", lambda url, context: fleet)
+    monkeypatch.setattr(agents, "POLL_S", 0.0)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    one = Agent(NodeOptions("ada", "https://127.0.0.1:1", context, SiteConfig(text=["x"]), NodeHome(tmp_path)))
+    one._errands = cast(Errands, desk)
+    one._preparation = cast(Any, SimpleNamespace(run="r", thread=None, note="", prepared=None))
+    yield one, fleet, desk
+
+
+def question(number: int, task: str = "", *, wait_s: float = 0.0, run_id: int = 1) -> Question:
+    """One with the task of that nonce in it, or with none."""
+    head = b""
+    if task:
+        fields: dict[str, Any] = {"run": "r", "round": 3, "node": "ada", "nonce": task, "base_sha256": "a" * 64}
+        head = seal(Task(**fields, evaluate=False, sequential_step=12, tau=4, deadline_s=60.0), b"").head
+    content = ask_content(Ask(run="r", wait_s=wait_s), head)
+    return Question(f"q{number}", run_id, 0.0, 60.0, time.monotonic(), content)
+
+
+def test_a_node_that_leaves_stays_until_what_it_handed_in_was_taken(node: tuple[Agent, Fleet, Desk]) -> None:
+    """Flower drops the last answer of a node that goes offline before it was fetched."""
+    one, fleet, desk = node
+    fleet.questions = [question(1, "n1")]
+    one._turn()
+    assert len(desk.offered) == 1
+    one._leaving.set()
+    assert not one._has_left()
+    desk.stands = DONE
+    fleet.questions = [question(2, "n1")]
+    one._turn()
+    assert fleet.answers[-1][1].phase == "done"
+    assert not one._has_left(), "it was told, and perhaps not heard"
+    fleet.questions = [question(3, "n1")]
+    one._turn()
+    assert not one._has_left(), "the Aggregator still asks for it"
+    fleet.questions = [question(4)]
+    one._turn()
+    assert one._has_left()
+
+
+def test_a_node_that_leaves_is_not_given_other_work_and_answers_at_once(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, fleet, desk = node
+    one._leaving.set()
+    fleet.questions = [question(1, "n2", wait_s=50.0)]
+    one._turn()
+    assert desk.offered == []
+    assert [(name, status.state) for name, status in fleet.answers] == [("q1", "leaving")]
+    desk.is_busy = False
+    assert one._has_left()
+
+
+def test_a_node_leaves_at_its_deadline_whoever_listens(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, _, _ = node
+    one._leaving.set()
+    assert not one._has_left()
+    one._leave_by = time.monotonic() - 1
+    assert one._has_left()
+
+
+def test_a_question_is_held_until_there_is_news(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, fleet, desk = node
+    fleet.questions = [question(1, "n1", wait_s=50.0)]
+    one._turn()
+    one._turn()
+    assert fleet.answers == []
+    desk.stands = DONE
+    one._news.set()
+    one._turn()
+    assert [(name, status.nonce) for name, status in fleet.answers] == [("q1", "n1")]
+
+
+def test_news_that_found_no_question_is_told_to_the_next(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, fleet, desk = node
+    desk.stands = DONE
+    one._news.set()
+    one._turn()
+    assert not one._news.is_set(), "it would ask the gateway without a pause until a question comes"
+    fleet.questions = [question(1, "n1", wait_s=50.0)]
+    one._turn()
+    assert [name for name, _ in fleet.answers] == ["q1"]
+
+
+def test_a_question_of_a_run_that_is_over_does_not_cost_the_next_one(node: tuple[Agent, Fleet, Desk]) -> None:
+    """A round loop that was started again asks while its predecessor's question is still held."""
+    one, fleet, desk = node
+    fleet.questions = [question(1, "n1", wait_s=50.0)]
+    one._turn()
+    fleet.ended = {1}
+    fleet.questions = [question(2, "n2", run_id=2)]
+    one._turn()
+    one._turn()
+    assert [name for name, _ in fleet.answers] == ["q2"]
+    assert len(desk.offered) == 2
+
+
+def test_of_two_questions_the_first_is_answered_by_what_is_known_now(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, fleet, _ = node
+    fleet.questions = [question(1, wait_s=50.0)]
+    one._turn()
+    fleet.questions = [question(2, wait_s=50.0)]
+    one._turn()
+    assert [name for name, _ in fleet.answers] == ["q1"]

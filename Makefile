@@ -25,7 +25,7 @@ demo: .venv/.ready  ## four owners of text train one model on this machine, offl
 test: .venv/.ready  ## the fast test suite (no network, no GPU)
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
-test-sites: .venv/.ready  ## federations of real processes: kill -9, cut links, liars, strangers (about 20 minutes)
+test-sites: .venv/.ready  ## federations of real processes: kill -9, cut links, liars, strangers (half an hour)
 	.venv/bin/python -m pytest -m "sites and not slow"
 
 test-all: .venv/.ready  ## fast and slow tests, one after the other

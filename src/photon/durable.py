@@ -6,19 +6,21 @@ temporary name, flushed to the disk and renamed: a crash at any instant leaves t
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from photon.errors import StateError
+from photon.errors import InputError, StateError
 
 STATE_FILE = "state.json"
 _PENDING = ".pending-"
@@ -43,6 +45,20 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def only_process(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path` for this process; it ends with the process. Raises InputError if another does."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        yield
     finally:
         os.close(handle)
 

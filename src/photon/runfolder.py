@@ -9,12 +9,9 @@ model/        the result, Hugging Face format        logs/          output of wo
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from photon import __version__
-from photon.durable import write_atomic
+from photon.durable import only_process, write_atomic
 from photon.errors import InputError, StateError
 
 
@@ -88,22 +85,10 @@ class RunFolder:
         """What belongs to one owner."""
         return self.path / "nodes" / name
 
-    def write_identity(self, vocab_size: int) -> Identity:
-        """Give a new run, whose recipe is written, its identity."""
+    def write_identity(self, vocab_size: int, run: str | None = None) -> Identity:
+        """Give a run, whose recipe is written, its identity: a new one, or at a node that of the Aggregator's `run`."""
         identity = Identity(
-            run=secrets.token_hex(8),
-            created=time.time(),
-            photon=__version__,
-            vocab_size=vocab_size,
-            recipe_sha256=sha256(self.recipe.read_bytes()).hexdigest(),
-        )
-        write_atomic(self.path / "run.json", identity.model_dump_json(indent=1) + "\n")
-        return identity
-
-    def adopt_identity(self, run: str, vocab_size: int) -> Identity:
-        """At a node: this folder, whose recipe is written, belongs to the Aggregator's run of that identity."""
-        identity = Identity(
-            run=run,
+            run=run or secrets.token_hex(8),
             created=time.time(),
             photon=__version__,
             vocab_size=vocab_size,
@@ -137,18 +122,9 @@ class RunFolder:
             changes.append(f"the run began with photon {identity.photon}, this is {__version__}: bits may differ")
         return changes
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the run for this process. Raises InputError if another one trains it; ends with the process."""
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path} is being trained by another process") from None
-            yield
-        finally:
-            os.close(handle)
+        return only_process(self.path / ".lock", f"{self.path} is being trained by another process")
 
 
 def new_run_folder(recipe_name: str, given: Path | None) -> RunFolder:

@@ -7,7 +7,6 @@ started again; the round loop goes on from the last committed round. This proces
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from rich.console import Console
 from photon.config import Recipe
 from photon.data.build import Progress, prepare_tokenizer
 from photon.display import Display, open_display
-from photon.durable import NumberedStates, write_atomic
+from photon.durable import NumberedStates, only_process, write_atomic
 from photon.errors import ConfigError, FabricError, InputError, PhotonError, StoppedError
 from photon.events import RunFinished
 from photon.fabric.base import Fabric
@@ -72,7 +71,7 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
         return
     hub = Hub(folder)
     hub.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _one_at_a_time(hub), _stop_signals():
+    with only_process(hub.path / "lock", f"{folder.path} has a photon aggregator already"), _stop_signals():
         hub.prepare(recipe, keys, host, port)
         supervisor = Supervisor(hub.children())
         try:
@@ -165,18 +164,6 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 def _ending(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-
-
-@contextmanager
-def _one_at_a_time(hub: Hub) -> Iterator[None]:
-    handle = os.open(hub.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"{hub.folder.path} has a photon aggregator already") from None
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.faults.sites import Sites, undisturbed
-from tests.link.buckets import KEY_ID, SECRET, SERVER, needs_bucket
+from tests.link import buckets
+from tests.link.buckets import KEY_ID, SECRET, needs_bucket
 
 pytestmark = [pytest.mark.sites, pytest.mark.timeout(900), needs_bucket]
 ROUNDS = 2
@@ -19,18 +17,8 @@ ROUNDS = 2
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            assert process.stdout is not None
-            address = f"127.0.0.1:{int(process.stdout.readline())}"
-            connection = http.client.HTTPConnection(address, timeout=20)
-            connection.request("PUT", "/bucket")
-            assert connection.getresponse().status == 200
-            yield f"http://{address}"
-        finally:
-            process.kill()
+    with buckets.endpoint() as url:
+        yield url
 
 
 def test_the_bulk_goes_through_a_bucket(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

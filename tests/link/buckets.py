@@ -7,6 +7,8 @@ import http.client
 import importlib.util
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +42,23 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
+
+
+@contextmanager
+def endpoint() -> Iterator[str]:
+    """An S3 server on this machine with an empty bucket called `bucket`; its URL."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = f"127.0.0.1:{int(process.stdout.readline())}"
+            connection = http.client.HTTPConnection(address, timeout=20)
+            connection.request("PUT", "/bucket")
+            assert connection.getresponse().status == 200
+            yield f"http://{address}"
+        finally:
+            process.kill()
 
 
 @dataclass

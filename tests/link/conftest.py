@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.link.buckets import KEY_ID, SECRET, SERVER, Made
+from tests.link import buckets
+from tests.link.buckets import KEY_ID, SECRET, Made
 
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        try:
-            assert process.stdout is not None
-            address = f"127.0.0.1:{int(process.stdout.readline())}"
-            connection = http.client.HTTPConnection(address, timeout=20)
-            connection.request("PUT", "/bucket")
-            assert connection.getresponse().status == 200
-            yield f"http://{address}"
-        finally:
-            process.kill()
+    with buckets.endpoint() as url:
+        yield url
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ do.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import ssl
@@ -22,7 +21,8 @@ from threading import Event, Lock, Thread
 
 from photon import __version__
 from photon.data.build import Progress
-from photon.errors import InputError, PhotonError, WireError
+from photon.durable import only_process
+from photon.errors import PhotonError, WireError
 from photon.fabric.card import read_card
 from photon.fabric.control import NodeStatus, read_ask, status_content
 from photon.fabric.discretion import say
@@ -96,7 +96,7 @@ class Agent:
         """Take part until the owner says otherwise (SIGTERM or SIGINT: hand in what there is, then leave)."""
         options = self._options
         options.home.path.mkdir(parents=True, exist_ok=True)
-        with self._locked(), self._signals():
+        with only_process(options.home.lock, f"{options.home.path} is used by another photon node"), self._signals():
             say(f"node {options.name}, Aggregator {options.url}, state in {options.home.path}")
             beats = Thread(target=self._beat, name="photon-heartbeat", daemon=True)
             try:
@@ -328,17 +328,6 @@ class Agent:
             self._options.home.keep_id(self._fleet.join(self._options.home.last_id()))
         except FlowerDownError:
             return
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        handle = os.open(self._options.home.lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise InputError(f"{self._options.home.path} is used by another photon node") from None
-        finally:
-            os.close(handle)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

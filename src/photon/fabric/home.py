@@ -125,7 +125,7 @@ def prepare_run(
     folder.node(name).mkdir(parents=True, exist_ok=True)
     write_atomic(folder.node(name) / SITE_FILE, file.model_dump_json(indent=1) + "\n")
     write_atomic(folder.recipe, dump_recipe(own))
-    folder.adopt_identity(card.run, card.vocab_size)
+    folder.write_identity(card.vocab_size, card.run)
     sequence = own.data.sequence_length
     tokens = sum(ShardReader(source).train_sequences(sequence) for source in sources) * sequence
     return PreparedRun(card.run, folder, own, plan_workers(own.node, 1)[0], tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.support import tiny_recipe
 
@@ -36,18 +36,22 @@ def site(folder: Path, text: str) -> SiteConfig:
 
 
 def open_minutes(spans: list[tuple[int, int]]) -> set[int]:
-    """By walking the clock: from each beginning on, minute by minute, until the end comes."""
+    """By walking the clock: from each beginning on, minute by minute, until the end comes (again: that is all day)."""
     found = set()
     for begin, end in spans:
         minute = begin
-        while minute != end:
+        while True:
             found.add(minute)
             minute = (minute + 1) % DAY
+            if minute == end:
+                break
     return found
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(minutes, minutes), min_size=1, max_size=3))
+@example([(0, 0)])
+@example([(DAY - 1, 0)])
 def test_hours_are_those_of_a_clock_also_across_midnight(spans: list[tuple[int, int]]) -> None:
     caps = Caps(hours=[f"{clock(begin)}-{clock(end)}" for begin, end in spans])
     assert {minute for minute in range(DAY) if caps.is_open(at(minute))} == open_minutes(spans)

@@ -1,0 +1,110 @@
+"""Error feedback: what a lossy codec left out of one message is added to the next.
+
+`input = update + decay * residual`, `residual = input - decoded` (Seide et al. 2014; Karimireddy et al. 2019; a decay
+below 1 as in SparseLoCo, arXiv 2508.15706). With decay 1 nothing is ever lost: the sum of all that was decoded and the
+last residual is the sum of all updates, to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from photon.errors import WireError
+from photon.link.codec.pipeline import Pipeline
+
+_RESIDUAL = "residual/"
+_MEMORY = "memory/"
+_MOST_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Tensors as they travel, and the state that goes with them: residuals and what stages remember, by name."""
+
+    wire: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def encode_update(
+    codec: Pipeline,
+    update: dict[str, Tensor],
+    state: Mapping[str, Tensor],
+    decay: float,
+    seed: str,
+    max_norm: float | None = None,
+) -> Sent:
+    """Encode all tensors of an update, the residual of the last time added, the norm of what will be decoded bounded.
+
+    `update` is emptied on the way: of each tensor only one copy is left. `seed` is any text that differs by run, node
+    and round. Raises WireError if a tensor is not finite and the codec is lossy.
+    """
+    if codec.is_lossless:
+        _limit(update, max_norm)
+        return Sent({name: codec.encode(update.pop(name), 0, None, {}).wire for name in list(update)}, {})
+    inputs = {}
+    for name in list(update):
+        inputs[name] = update.pop(name).detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+        if decay and (residual := state.get(_RESIDUAL + name)) is not None:
+            inputs[name].add_(residual, alpha=decay)
+    _limit(inputs, max_norm)
+    sent, norm = _encode(codec, inputs, state, bool(decay), seed)
+    tries = 0
+    while max_norm is not None and norm > max_norm:
+        # Rounding made it longer. A codec commutes with a factor up to the rounding of its scales, so a factor that is
+        # a little too small soon suffices.
+        if (tries := tries + 1) > _MOST_TRIES:
+            raise WireError(f"codec {codec.name} makes an update of norm {max_norm:g} longer each time")
+        for tensor in inputs.values():
+            tensor.mul_(0.98 * max_norm / norm)
+        sent, norm = _encode(codec, inputs, state, bool(decay), seed)
+    return sent
+
+
+def stage_memory(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What the stages remember of tensor `name`, as `Pipeline.encode` takes it."""
+    prefix = _MEMORY + name + "/"
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def named_memory(memory: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The same under the names in which it is kept."""
+    return {f"{_MEMORY}{name}/{key}": value for key, value in memory.items()}
+
+
+def tensor_seed(seed: str, name: str) -> int:
+    """A number for the random choices of one tensor in one message."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
+def _encode(
+    codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], keeps_residual: bool, seed: str
+) -> tuple[Sent, float]:
+    wire: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    squares = 0.0
+    survey = codec.survey(lambda: iter(inputs.values()))
+    for name, tensor in inputs.items():
+        encoded = codec.encode(tensor, tensor_seed(seed, name), survey, stage_memory(state, name))
+        wire[name] = encoded.wire
+        kept |= named_memory(encoded.memory, name)
+        decoded = codec.decode(encoded.wire, tuple(tensor.shape), torch.float32).tensor
+        squares += float(torch.linalg.vector_norm(decoded, dtype=torch.float64)) ** 2
+        if keeps_residual:
+            kept[_RESIDUAL + name] = tensor - decoded
+    return Sent(wire, kept), math.sqrt(squares)
+
+
+def _limit(tensors: Mapping[str, Tensor], max_norm: float | None) -> None:
+    """Scale all tensors, in place, to a norm of at most `max_norm` together."""
+    if max_norm is None:
+        return
+    norm = math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values()))
+    if norm > max_norm:
+        for tensor in tensors.values():
+            tensor.mul_(max_norm / norm)

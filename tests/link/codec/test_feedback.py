@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from photon.link.codec.feedback import Sent, encode_update
+from photon.link.codec.notation import parse_pipeline
+from photon.link.codec.pipeline import Pipeline
+
+LOSSY = [
+    ["bf16"],
+    ["int4(block=32)"],
+    ["int2"],
+    ["sign"],
+    ["topk(density=0.05, chunk=64)"],
+    ["topk(density=0.05, chunk=64)", "int2"],
+    ["topk(scope=global, density=0.05)"],
+    ["lowrank(rank=1)", "int8"],
+    ["svd(energy=0.5)", "zstd"],
+]
+SHAPES = {"matrix": (24, 16), "vector": (40,), "scalar": ()}
+
+
+def updates(rounds: int, seed: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in SHAPES.items()} for _ in range(rounds)
+    ]
+
+
+def decoded(codec: Pipeline, sent: Sent) -> dict[str, Tensor]:
+    return {
+        name: codec.decode(wire, SHAPES[name], torch.float32).tensor.to(torch.float64)
+        for name, wire in sent.wire.items()
+    }
+
+
+def conversation(codec: Pipeline, rounds: int, decay: float, forget: bool = False) -> tuple[dict[str, Tensor], ...]:
+    """(sum of what went in, sum of what came out, the last residual); `forget` is the mutant without feedback."""
+    inputs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    outputs = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    state: dict[str, Tensor] = {}
+    for index, update in enumerate(updates(rounds, 7)):
+        for name, tensor in update.items():
+            inputs[name] += tensor
+        sent = encode_update(codec, dict(update), {} if forget else state, decay, f"run/node/{index}")
+        state = sent.state
+        for name, tensor in decoded(codec, sent).items():
+            outputs[name] += tensor
+    residual = {name: state[f"residual/{name}"].double() for name in SHAPES}
+    return inputs, outputs, residual
+
+
+@pytest.mark.parametrize("chain", LOSSY, ids=" ".join)
+def test_nothing_is_lost_for_ever(chain: list[str]) -> None:
+    inputs, outputs, residual = conversation(parse_pipeline(chain), 20, 1.0)
+    for name in SHAPES:
+        assert torch.allclose(outputs[name] + residual[name], inputs[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("chain", LOSSY[3:6], ids=" ".join)
+def test_without_feedback_the_sum_is_wrong(chain: list[str]) -> None:
+    inputs, outputs, residual = conversation(parse_pipeline(chain), 20, 1.0, forget=True)
+    assert not torch.allclose(outputs["matrix"] + residual["matrix"], inputs["matrix"], atol=1e-3)
+
+
+def test_a_decay_forgets_a_share_each_round() -> None:
+    codec, state = parse_pipeline(["topk(density=0.05, chunk=64)"]), dict[str, Tensor]()
+    expected = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for index, update in enumerate(updates(6, 3)):
+        carried = {name: 0.9 * expected[name] + update[name] for name in SHAPES}
+        sent = encode_update(codec, dict(update), state, 0.9, str(index))
+        for name, tensor in decoded(codec, sent).items():
+            expected[name] = carried[name] - tensor.float()
+            assert torch.allclose(sent.state[f"residual/{name}"], expected[name], atol=1e-7)
+        state = sent.state
+
+
+def test_without_decay_nothing_is_kept_but_what_stages_remember() -> None:
+    sent = encode_update(parse_pipeline(["topk(density=0.1)"]), updates(1, 1)[0], {}, 0.0, "s")
+    assert not sent.state
+    sent = encode_update(parse_pipeline(["lowrank(rank=2)"]), updates(1, 1)[0], {}, 0.0, "s")
+    assert sent.state and not any(name.startswith("residual/") for name in sent.state)
+
+
+def test_exact_codecs_keep_nothing_and_change_nothing() -> None:
+    update = updates(1, 2)[0]
+    for chain in ([], ["zstd"]):
+        codec = parse_pipeline(chain)
+        sent = encode_update(codec, dict(update), {}, 1.0, "s")
+        assert not sent.state
+        assert all(torch.equal(tensor.float(), update[name]) for name, tensor in decoded(codec, sent).items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from([[], *LOSSY, ["int2(rounding=stochastic)"]]), st.floats(1e-4, 1.0), st.integers(0, 100))
+def test_what_is_decoded_is_never_longer_than_the_limit(chain: list[str], limit: float, seed: int) -> None:
+    codec, state = parse_pipeline(chain), dict[str, Tensor]()
+    for index, update in enumerate(updates(3, seed)):
+        sent = encode_update(codec, dict(update), state, 1.0, str(index), limit)
+        state = sent.state
+        norm = sum(float(tensor.square().sum()) for tensor in decoded(codec, sent).values()) ** 0.5
+        assert norm <= limit * (1 + 1e-5)
+
+
+def test_random_choices_differ_by_tensor_and_message() -> None:
+    codec = parse_pipeline(["int2(rounding=stochastic)"])
+    update = {"a": torch.linspace(-1, 1, 500), "b": torch.linspace(-1, 1, 500)}
+    first, again, later = (
+        encode_update(codec, dict(update), {}, 0.0, seed).wire for seed in ("r/n/1", "r/n/1", "r/n/2")
+    )
+    assert torch.equal(first["a"], again["a"])
+    assert not torch.equal(first["a"], first["b"])
+    assert not torch.equal(first["a"], later["a"])

@@ -110,7 +110,7 @@ def _candidate(text: str, update: Tensor) -> Candidate:
 def _chain(label: str, stages: list[str], update: Tensor) -> Candidate:
     """As a run uses it, with its check that all values are finite."""
     codec = parse_pipeline(stages)
-    survey = codec.survey(lambda: [update])
+    survey = codec.survey(lambda: [("update", update)])
     return Candidate(
         label,
         lambda tensor: [codec.encode(tensor, _SEED, survey, {}).wire],

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
+import psutil  # type: ignore[import-untyped]  # it ships no types
 import typer
 
 from benchmarks import flower_arrays, plain_copy
@@ -56,9 +57,12 @@ def main(
         }
         with _plain(folder) as plain_port, _gateway(folder, names) as (port, gateway, store):
             ours, plain = [], []
+            used: list[tuple[float, float]] = []
             for _ in range(turns):
                 plain.append(_plain_turn(plain_port, folder, base))
+                before = _cpu_s(os.getpid()), _cpu_s(gateway.pid)
                 ours.append(_our_turn(folder, store, port, names[0], base, updates[names[0]], streams))
+                used.append((_cpu_s(os.getpid()) - before[0], _cpu_s(gateway.pid) - before[1]))
             ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
             row = {
                 "what": f"{megabytes} MB down and up",
@@ -66,6 +70,8 @@ def main(
                 "ours s": round(statistics.median(ours), 2),
                 "ratio": round(statistics.median(ratios), 2),
                 "worst ratio": round(max(ratios), 2),
+                "node CPU s": round(statistics.median(node for node, _ in used), 2),
+                "gateway CPU s": round(statistics.median(other for _, other in used), 2),
                 "gateway peak MB": round(_peak(gateway.pid) / 1e6),
             }
             report.add(row)
@@ -200,6 +206,12 @@ def _random_file(path: Path, size: int) -> Path:
         for begin in range(0, size, 2**24):
             file.write(os.urandom(min(2**24, size - begin)))
     return path
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, user and system: on a busy machine they say more than a clock."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def _peak(pid: int) -> int:

@@ -33,6 +33,7 @@ from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.tensors import encode_tensors, sha256_hex
 from photon.link.update import Task, encode_message
 from photon.model.build import build_model, named_weights
+from photon.node.base import Bases
 from photon.node.node import Node
 from photon.node.optimizers import build_optimizer
 from photon.node.schedule import learning_rate_scale
@@ -293,7 +294,8 @@ def node_parts(recipe: Recipe, folder: RunFolder) -> list[Row]:
     file = SiteFile.model_validate_json((folder.node(name) / SITE_FILE).read_bytes())
     site = open_site(file, folder.node(name), recipe)
     trainer = Trainer(model, recipe.node, torch.device("cpu"), recipe.total_steps)
-    node = Node(identity.run, site, trainer, recipe)
+    bases = Bases.of_run(folder.bases, recipe.link, named_weights(model))
+    node = Node(identity.run, site, trainer, recipe, bases)
     profile = cProfile.Profile(time.process_time)
     repeats = 2
     for number in range(repeats + 1):
@@ -303,6 +305,7 @@ def node_parts(recipe: Recipe, folder: RunFolder) -> list[Row]:
             node=name,
             nonce="benchmark",
             base_sha256=sha256_hex(body),
+            body_sha256=sha256_hex(body),
             evaluate=False,
             sequential_step=0,
             tau=recipe.federation.tau,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from photon.events import Evaluated, Event, NodeRound, RoundDone, RunFinished, RunStarted, Sampled, Scores
+from photon.link.ledger import Flow, Traffic
 
 # Tests run side by side on few cores and compute little: threads of torch's own would only fight each other.
 # Set before anything imports torch.
@@ -28,6 +29,13 @@ def made_up_scores(loss: float) -> Scores:
         unigram_excess=loss - 6.0,
         tokens=16_384,
     )
+
+
+def made_up_link(moved: int) -> Traffic:
+    """What so many bytes of messages each way were before their codec, and on the network."""
+    down = Flow(raw=moved, body=moved - moved // 100, encoded=moved, sent=moved + moved // 10)
+    stages = {"topk": 2 * down.body, "int8": down.body}
+    return Traffic(down=down, up=down.model_copy(update={"raw": 4 * moved, "stages": stages}))
 
 
 def made_up_node(index: int, round_number: int, tau: int) -> NodeRound:
@@ -61,6 +69,7 @@ def made_up_evaluation(names: Sequence[str], round_number: int, tau: int) -> Eva
         tokens=round_number * len(names) * 1000 * tau,
         bytes_up=moved,
         bytes_down=moved,
+        link=made_up_link(moved),
         pooled=made_up_scores(loss),
         silos={
             name: made_up_scores(loss + 0.3 * math.sin(1.7 * index) * min(1.0, round_number / 4))
@@ -88,6 +97,8 @@ def made_up_round(names: Sequence[str], round_number: int, tau: int, missing: di
         bytes_down=round_number * round_bytes,
         round_bytes_up=round_bytes,
         round_bytes_down=round_bytes,
+        link=made_up_link(round_number * round_bytes),
+        round_link=dict.fromkeys(names, made_up_link(PAYLOAD_BYTES)),
         train_loss=2.2 + 5.4 * math.exp(-0.16 * round_number),
         learning_rate=1e-3,
         merged_norm=1.5 / math.sqrt(round_number),

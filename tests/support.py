@@ -31,7 +31,8 @@ from photon.fabric.base import Arrival, FabricEvent, NodeInfo
 from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
 from photon.link.update import Sealed, decode_message, encode_message, expect_reply
 from photon.model.base import LanguageModel
-from photon.model.build import build_model, named_weights
+from photon.model.build import build_model, load_weights, named_weights
+from photon.node.base import Bases
 from photon.node.node import HeldOut, Node, Site, failure_reply
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
@@ -45,7 +46,11 @@ Network = Callable[[list[Arrival]], list[Delivery]]
 Handler = Callable[[bytes], bytes]
 # Timings, and what follows from them, differ between two runs that are otherwise the same (a header's length does,
 # by the digits of its seconds).
-TIMINGS = {"time", "seconds", "tokens_per_second", "phases_s", "evaluation_seconds", "round_bytes_up", "bytes_up"}
+TIMINGS = {
+    "time", "seconds", "tokens_per_second", "phases_s", "evaluation_seconds", "receive_s", "encode_s", "save_s",
+    "round_bytes_up", "bytes_up",
+}  # fmt: skip
+WHOLE_MESSAGES = {"encoded", "sent"}
 
 
 def tiny_recipe(silos: Sequence[str] | Mapping[str, Any] = ("ada", "bob", "cyd"), **sections: Any) -> Recipe:
@@ -111,7 +116,7 @@ class InlineFabric:
     """Real nodes behind the fabric protocol. `network` decides what becomes of the replies to each broadcast."""
 
     def __init__(self, handlers: Mapping[str, Handler], infos: list[NodeInfo], network: Network = on_time) -> None:
-        self.handlers, self.infos, self.network = handlers, infos, network
+        self.handlers, self.infos, self.network = dict(handlers), infos, network
         self.now = 0.0
         self.slots = len(infos)
         self.sent: list[tuple[str, bytes]] = []
@@ -150,12 +155,18 @@ class InlineFabric:
         """Remember it; the answer may still come, to try the Aggregator."""
         self.abandoned.append(node)
 
+    def carried(self) -> None:
+        """Nothing: there is no network."""
+
     def close(self) -> None:
         """Nothing to stop."""
 
 
 class Federation:
-    """What `photon.run` puts together, in one process. A second one on the same folder resumes the first."""
+    """What `photon.run` puts together, in one process. A second one on the same folder resumes the first.
+
+    Nodes are those of one machine, or without `share_disk` each has a machine of its own.
+    """
 
     def __init__(
         self,
@@ -165,6 +176,7 @@ class Federation:
         *,
         dtype: torch.dtype = torch.float32,
         share_trainer: bool = True,
+        share_disk: bool = True,
         sites: Mapping[str, Site] | None = None,
         infos: list[NodeInfo] | None = None,
     ) -> None:
@@ -172,8 +184,16 @@ class Federation:
         self.folder, self.recipe, self.dtype = folder, recipe, dtype
         self.sites = sites or {silo.name: self._site(silo.name) for silo in recipe.silo}
         shared = self._trainer()
+        self.bases = {name: folder / "bases" / ("" if share_disk else name) for name in self.sites}
+        untold = named_weights(new_model(recipe, dtype))
         self.nodes = {
-            name: Node(RUN, site, shared if share_trainer else self._trainer(), recipe)
+            name: Node(
+                RUN,
+                site,
+                shared if share_trainer else self._trainer(),
+                recipe,
+                Bases.of_run(self.bases[name], recipe.link, untold),
+            )
             for name, site in self.sites.items()
         }
         infos = infos or [NodeInfo(name, site.batch_size * LENGTH) for name, site in self.sites.items()]
@@ -241,6 +261,21 @@ def untrained(recipe: Recipe, dtype: torch.dtype = torch.float32) -> GlobalState
     return GlobalState(Progress(RUN), encode_tensors(named_weights(new_model(recipe, dtype))), {})
 
 
+def local_sgd(recipe: Recipe, base: Mapping[str, Tensor], node: str, position: int) -> dict[str, np.ndarray]:
+    """A node's pseudo-gradient, float64, from a plain loop."""
+    silo = next(silo for silo in recipe.silo if silo.name == node)
+    model, size = new_model(recipe, torch.float64), recipe.batch_size_of(silo)
+    load_weights(model, base)
+    for step in range(recipe.tau_of(silo)):
+        batch = torch.from_numpy(Text(node).batch(position + step * size, size))
+        model.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:]).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(recipe.node.lr * cast(Tensor, parameter.grad))
+    return {name: (base[name].double() - local).numpy() for name, local in named_weights(model).items()}
+
+
 def weights(state: GlobalState) -> dict[str, Tensor]:
     """The global model by name."""
     return decode_tensors(state.payload)
@@ -271,12 +306,14 @@ def edited(
     return encode_message(reply.model_copy(update={"body_sha256": sha256_hex(body)} | changes), body)
 
 
-def without_timings(value: Any) -> Any:
+def without_timings(value: Any, key: str = "") -> Any:
     """An event as plain data, less what differs between two equal runs."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, Mapping):
-        return {key: without_timings(item) for key, item in value.items() if key not in TIMINGS}
+        # What went up, in whole messages: their headers are as long as the digits of their seconds.
+        without = TIMINGS | (WHOLE_MESSAGES if key == "up" else frozenset())
+        return {name: without_timings(item, name) for name, item in value.items() if name not in without}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [without_timings(item) for item in value]
     return value

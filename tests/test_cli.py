@@ -33,7 +33,14 @@ FROZEN = {
     "generate": ["run", "prompt", "--tokens", "--temperature", "--top-k", "--seed"],
     "export": ["run", "folder"],
     "report": ["run"],
-}
+    "plan": [
+        "words", "--nodes", "--bandwidth", "--bandwidth-down", "--aggregator-bandwidth", "--latency", "--device",
+        "--devices-per-node", "--mfu", "--tokens-per-second", "--steps-per-second", "--at-once", "--control", "--ideal",
+        "--topology", "--parameters", "--bytes-per-parameter", "--compute-ratio", "--baseline-steps",
+        "--baseline-steps-per-second", "--baseline-bytes-per-parameter", "--utilisation", "--price-device",
+        "--price-traffic", "--paper", "--sweep", "--out", "--json",
+    ],
+}  # fmt: skip
 
 
 def commands() -> dict[str, list[str]]:

@@ -249,8 +249,8 @@ def imports(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("aggregator", {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "track"}),
-        ("node", {"node", "config", "data", "durable", "errors", "events", "link", "model"}),
+        ("aggregator", {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "stopwatch", "track"}),
+        ("node", {"node", "config", "data", "durable", "errors", "events", "link", "model", "stopwatch"}),
         ("link", {"link", "config", "errors"}),
         ("data", {"data", "config", "errors"}),
         ("model", {"model", "config", "errors"}),

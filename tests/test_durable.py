@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -107,6 +108,41 @@ def test_a_crash_in_a_commit_leaves_no_half_state(replaces: bool, tmp_path: Path
         assert states.load(2).fields == {"version": "again"}
     assert len(done) == (6 if replaces else 5)  # the step of the last pass, in which nothing crashed
     assert outcomes == ({"old", "none"} if replaces else {"none"})
+
+
+def test_a_draft_becomes_a_file_of_the_state_that_takes_it_over(tmp_path: Path) -> None:
+    states = NumberedStates(tmp_path / "states")
+    states.commit(1, FILES, FIELDS)
+    draft = states.draft(FILES["model.safetensors"])
+    data = b"".join(FILES["model.safetensors"])
+    assert (draft.path.read_bytes(), draft.sha256) == (data, sha256(data).hexdigest())
+    assert states.numbers() == [1]  # no state before it is committed
+    hashes = states.commit(2, {"model.safetensors": draft, "more": [b"x"]}, FIELDS)
+    assert hashes == {"model.safetensors": draft.sha256, "more": sha256(b"x").hexdigest()}
+    assert {name: states.load(2).read(name) for name in hashes} == {"model.safetensors": data, "more": b"x"}
+    assert not draft.path.exists()
+    states.draft([b"nobody's"])
+    states.prune([1, 2])
+    assert sorted(path.name for path in states.root.iterdir()) == ["000001", "000002"]
+
+
+def test_a_crash_while_a_draft_is_taken_over_leaves_no_half_state(tmp_path: Path) -> None:
+    for step in range(20):
+        states = NumberedStates(tmp_path / str(step))
+        states.commit(1, FILES, {"version": "before"})
+        with crash_at(step) as done:
+            try:
+                draft = states.draft(FILES["model.safetensors"])
+                states.commit(2, {"model.safetensors": draft, "more": [b"x"]}, {"version": "new"})
+            except Crash:
+                pass
+            else:
+                break
+        assert states.load(1).fields == {"version": "before"}
+        assert states.numbers() == [1]
+        states.prune([1, 2])
+        assert not list(states.root.glob(".*"))
+    assert len(done) == 5  # the draft, its move, the other file, the manifest, the state's name
 
 
 def test_a_crash_in_write_atomic_leaves_the_old_content(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ def recipe(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("overrides", "weights", "optimizer", "aggregator"),
     [
-        (["node.precision=float32"], 4, 8, 20),
-        (["node.precision=bfloat16"], 6, 8, 20),
-        (["node.device=cpu"], 4, 8, 20),
-        (["node.device=cuda:0", "link.up=bfloat16"], 6, 8, 18),
-        (["node.optimizer=sgd", "federation.outer=nesterov"], 6, 0, 24),
-        (["node.optimizer=sgd", "node.momentum=0.9", "federation.outer=yogi"], 6, 4, 28),
+        (["node.precision=float32"], 4, 8, 16),
+        (["node.precision=bfloat16"], 6, 8, 16),
+        (["node.device=cpu"], 4, 8, 16),
+        (["node.device=cuda:0", "link.fabric=flower"], 6, 8, 12),
+        (["node.optimizer=sgd", "federation.outer=nesterov"], 6, 0, 20),
+        (["node.optimizer=sgd", "node.momentum=0.9", "federation.outer=yogi"], 6, 4, 24),
     ],
 )
 def test_bytes_per_parameter(overrides: list[str], weights: int, optimizer: int, aggregator: int) -> None:
@@ -38,6 +38,14 @@ def test_bytes_per_parameter(overrides: list[str], weights: int, optimizer: int,
     assert estimate.aggregator_bytes == aggregator * 1_000_000
     parts = (estimate.weights_bytes, estimate.gradients_bytes, estimate.optimizer_bytes, estimate.activations_bytes)
     assert estimate.node_bytes == sum(parts)
+
+
+def test_what_a_lossy_codec_leaves_out_is_kept_twice_while_the_next_update_is_encoded() -> None:
+    def codec_bytes(*overrides: str) -> int:
+        return memory_estimate(recipe(*overrides), parameters=1000).codec_bytes
+
+    assert codec_bytes() == codec_bytes("link.up=zstd") == codec_bytes("link.up=int8", "link.up_feedback=0") == 0
+    assert codec_bytes("link=tiny") == codec_bytes('link.up=["int8", "zstd"]') == 8000
 
 
 def test_muon_keeps_one_buffer_for_matrices_and_two_for_embeddings() -> None:

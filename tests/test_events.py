@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from photon.events import Evaluated, Event, RoundDone, Sampled, Scores, parse_event
+from photon.link.ledger import Traffic
 
 MakeEvents = Callable[..., list[Event]]
 
@@ -19,6 +20,18 @@ def test_every_kind_of_event_reads_back_equal(make_events: MakeEvents) -> None:
     assert {e.event for e in events} == {"run_started", "evaluation", "round", "sample", "run_finished"}
     for event in events:
         assert parse_event(event.model_dump_json()) == event
+
+
+def test_a_record_from_before_there_was_a_ledger_of_links_is_read(make_events: MakeEvents) -> None:
+    for event in make_events():
+        if isinstance(event, RoundDone | Evaluated):
+            assert event.link.up.encoded == event.bytes_up
+            line = json.loads(event.model_dump_json())
+            before = parse_event(json.dumps({k: v for k, v in line.items() if k not in ("link", "round_link")}))
+            links: dict[str, object] = {"link": Traffic()}
+            if isinstance(event, RoundDone):
+                links["round_link"] = {}
+            assert before == event.model_copy(update=links)
 
 
 @given(text=st.text(), prompt=st.text())

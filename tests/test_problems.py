@@ -31,7 +31,11 @@ def complaints(text: str, *overrides: str) -> list[str]:
         ("[node]\ntau = 4", "[node] has no option `tau`; it belongs in [federation] or [[silo]]"),
         ("[node]\nrounds = 4", "[node] has no option `rounds`; it belongs in [federation]"),
         ("[node]\nseed = 4", "[node] has no option `seed`; it belongs at the top, before the first section"),
-        ("[link]\nzzz = 4", "[link] has no option `zzz`; there are: fabric, store, up, max_update_norm"),
+        (
+            "[link]\nzzz = 4",
+            "[link] has no option `zzz`; there are: fabric, store, preset, up, down, of, exact_tensors, up_feedback, "
+            "down_feedback, max_update_norm",
+        ),
         ("[nodes]\nlr = 1", "there is no section `nodes`; did you mean [node]?"),
         ("[[silos]]\nname = 'x'", "there is no section `silos`; did you mean [[silo]]?"),
         ("[node]\nlr = 'x'", '[node] lr = "x": must be a number >= 0 (peak learning rate (AdamW/SGD part))'),

@@ -29,19 +29,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from tests.crashes import steps_that_do_not_survive
 from tests.support import (
     CPU,
     Federation,
-    InlineFabric,
     Text,
     largest_difference,
     new_model,
@@ -55,16 +53,13 @@ from photon import durable
 from photon.aggregator import server
 from photon.aggregator.merge import Merge
 from photon.aggregator.outer import OuterOptimizer
-from photon.aggregator.state import RoundStore
 from photon.config import Recipe
-from photon.errors import PhotonError
 from photon.link.update import decode_message, expect_reply
 from photon.model.build import named_weights
 from photon.node import node as node_module
 from photon.node.optimizers import build_optimizer
 from photon.node.schedule import learning_rate_scale
 from photon.node.state import NodeState, NodeStore
-from photon.track import Tracker
 
 LOAD = NodeStore.load
 ADAMW = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1}
@@ -218,8 +213,8 @@ class RunningSum(Merge):
             sums[name] = sums.get(name, 0) + weight * delta
         self.weight += weight
 
-    def result(self) -> dict[str, Tensor]:
-        return {name: total / self.weight for name, total in self.__dict__["plain"].items()}
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, total / self.weight) for name, total in self.__dict__["plain"].items())
 
 
 def in_every_order(folder: Path) -> Iterator[tuple[str, object]]:
@@ -262,78 +257,8 @@ def test_a_run_in_pieces_ends_as_one_in_a_piece(outer: str, tmp_path: Path, monk
     assert in_pieces(tmp_path / "mutant") != whole
 
 
-class Crash(BaseException):
-    """The process ends here: nothing in between may catch it."""
-
-
-@contextmanager
-def crash_at(step: int) -> Iterator[list[str]]:
-    """Raise Crash at the `step`-th thing done that outlives the process (counted from 0); files are half written.
-
-    Gives the list of what was done, so that a run without a crash counts the steps there are.
-    """
-    done: list[str] = []
-
-    def crashing(what: str, original: Callable[..., Any], halfway: Callable[..., Any] = lambda *_: None) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            done.append(what)
-            if len(done) - 1 == step:
-                halfway(*arguments)
-                raise Crash(what)
-            return original(*arguments, **options)
-
-        return call
-
-    def write_half(path: Path, chunks: Iterable[bytes]) -> None:
-        data = b"".join(chunks)
-        path.write_bytes(data[: len(data) // 2])
-
-    with (
-        mock.patch.object(durable, "_write_synced", crashing("write a file", durable._write_synced, write_half)),
-        mock.patch.object(Path, "rename", crashing("rename", Path.rename)),
-        mock.patch.object(shutil, "rmtree", crashing("remove", shutil.rmtree)),
-        mock.patch.object(Tracker, "write", crashing("record an event", Tracker.write)),
-        mock.patch.object(Tracker, "sync", crashing("make events durable", Tracker.sync)),
-        mock.patch.object(InlineFabric, "receive", crashing("wait for a reply", InlineFabric.receive)),
-        mock.patch.object(RoundStore, "commit", crashing("commit the round", RoundStore.commit)),
-        mock.patch.object(NodeStore, "commit", crashing("commit a node", NodeStore.commit)),
-    ):
-        yield done
-
-
-def survives(folder: Path, begun: Path, recipe: Recipe, expected: object, step: int) -> bool:
-    """Whether a run that crashes at `step` and is begun again ends as one that was never disturbed."""
-    shutil.copytree(begun, folder)
-    with crash_at(step), pytest.raises(Crash):
-        Federation(folder, recipe).run()
-    try:
-        again = Federation(folder, recipe)
-        return (again.run().model_sha256, without_timings(again.events())) == expected
-    except (PhotonError, OSError, ValueError, KeyError):
-        return False
-
-
-def steps_that_do_not_survive(folder: Path) -> Iterator[str]:
-    """Crash at each step of a second round, its commit and the end of the run; say which of them showed."""
-    options = {"tau": 1, "outer": "nesterov", "outer_lr": 0.7}
-    recipe = tiny_recipe(["ada", "bob"], node=ADAMW, federation={"rounds": 2, **options})
-    begun, whole = folder / "begun", folder / "whole"
-    Federation(begun, tiny_recipe(["ada", "bob"], node=ADAMW, federation={"rounds": 1, **options})).run()
-    shutil.copytree(begun, whole)
-    undisturbed = Federation(whole, recipe)
-    with crash_at(-1) as done:
-        expected = (undisturbed.run().model_sha256, without_timings(undisturbed.events()))
-    assert set(done) == {
-        "wait for a reply", "commit a node", "commit the round", "write a file", "rename", "remove",
-        "record an event", "make events durable",
-    }  # fmt: skip
-    for step, what in enumerate(done):
-        if not survives(folder / str(step), begun, recipe, expected, step):
-            yield f"{step}: {what}"
-
-
 def test_a_crash_at_any_step_of_a_round_changes_nothing(tmp_path: Path) -> None:
-    assert list(steps_that_do_not_survive(tmp_path)) == []
+    assert list(steps_that_do_not_survive(tmp_path, node=ADAMW)) == []
 
 
 def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> NodeState:
@@ -343,12 +268,18 @@ def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> Nod
 
 
 def write_in_place(
-    states: durable.NumberedStates, number: int, files: Mapping[str, Iterable[bytes]], fields: Mapping[str, Any]
+    states: durable.NumberedStates,
+    number: int,
+    files: Mapping[str, Iterable[bytes] | durable.Draft],
+    fields: Mapping[str, Any],
 ) -> None:
     """A mutant: the folder has its final name while it is written."""
     folder = states.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: b"".join(chunks) for name, chunks in files.items()}
+    whole = {
+        name: chunks.path.read_bytes() if isinstance(chunks, durable.Draft) else b"".join(chunks)
+        for name, chunks in files.items()
+    }
     entries = {
         name: durable._FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for name, data in whole.items()
@@ -367,4 +298,4 @@ def test_a_crash_shows_where_states_are_not_kept_so(
     place: type, name: str, mutant: Callable[..., Any], tmp_path: Path
 ) -> None:
     with mock.patch.object(place, name, mutant):
-        assert next(steps_that_do_not_survive(tmp_path), None) is not None
+        assert next(steps_that_do_not_survive(tmp_path, node=ADAMW), None) is not None

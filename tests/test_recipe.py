@@ -77,7 +77,19 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
         "federation": st.fixed_dictionaries(
             {}, optional={"tau": counts, "outer": st.sampled_from(["fedavg", "none"]), "nodes_per_round": st.just(1)}
         ),
-        "link": st.fixed_dictionaries({}, optional={"max_update_norm": st.floats(1e-300, 1e300)}),
+        "link": st.fixed_dictionaries(
+            {},
+            optional={
+                "max_update_norm": st.floats(1e-300, 1e300),
+                "preset": st.sampled_from(["exact", "balanced", "tiny"]),
+                "up": st.sampled_from([[], "int8", ["topk(density=0.1, chunk=64)", "int4(block=32)", "zstd(level=9)"]]),
+                "down": st.sampled_from([["int2"], ["lowrank(rank=3)"], "zstd"]),
+                "of": st.just("difference"),
+                "exact_tensors": st.lists(texts, max_size=2),
+                "up_feedback": st.floats(0, 1),
+                "down_feedback": st.floats(0, 1),
+            },
+        ),
         "evaluation": st.fixed_dictionaries({}, optional={"prompt": texts}),
         "track": st.fixed_dictionaries({}, optional={"tensorboard": st.booleans(), "wandb": texts}),
     }

@@ -10,6 +10,7 @@ import pytest
 
 from photon.errors import StateError
 from photon.events import Evaluated, Event, RoundDone, RunStarted, Sampled
+from photon.link.ledger import Flow, Traffic
 from photon.summary import Summary, summarise, write_summary
 
 MakeEvents = Callable[..., list[Event]]
@@ -42,6 +43,7 @@ FROZEN = PROMISED | {
     "payload_bytes",
     "bytes_ddp_formula",
     "bytes_ratio",
+    "link",
 }
 
 
@@ -50,6 +52,9 @@ def test_the_names_of_summary_json_are_frozen(make_events: MakeEvents, tmp_path:
     written = json.loads(path.read_text())
     assert path == tmp_path / "summary.json"
     assert set(written) == FROZEN
+    assert set(written["link"]) == {"up", "down", "bytes_per_token"}
+    for way in ("up", "down"):
+        assert set(written["link"][way]) == {"raw", "body", "encoded", "sent", "stages"}
     for moment in ("before", "after"):
         assert set(written[moment]) == {"loss", "perplexity", "bits_per_byte", "round", "silos"}
         assert set(written[moment]["silos"]) == {"alice", "bob", "carol"}
@@ -71,6 +76,21 @@ def test_the_numbers_are_those_of_the_events(make_events: MakeEvents) -> None:
     assert summary.after is not None
     assert (summary.before.round, summary.after.round) == (0, 6)
     assert summary.after.loss == pytest.approx(2.5 + 5.8 * math.exp(-0.9))
+
+
+def test_the_link_is_that_of_the_last_event(make_events: MakeEvents) -> None:
+    """Also where the last one is an evaluation, which moves the model once more; no tokens have no bytes each."""
+    events = make_events(rounds=6, tau=16)
+    last = next(event for event in reversed(events) if isinstance(event, Evaluated))
+    more = Traffic(down=Flow(encoded=7, sent=8), up=Flow(encoded=1, sent=2))
+    events[events.index(last)] = last.model_copy(update={"link": last.link + more})
+    link = summarise(events).link
+    assert (link.up, link.down) == ((last.link + more).up, (last.link + more).down)
+    assert link.up.stages == {"topk": 2 * link.up.body, "int8": link.up.body}
+    sent = 2 * (72_000_000 + 7_200_000) + 8 + 2
+    assert link.bytes_per_token == sent / (6 * 3 * 16_000)
+    begun = summarise(events[:1]).link
+    assert (begun.up, begun.down, begun.bytes_per_token) == (Flow(), Flow(), None)
 
 
 def test_bytes_of_per_step_training_count_the_steps_done(make_events: MakeEvents) -> None:

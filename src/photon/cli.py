@@ -11,6 +11,7 @@ from rich.console import Console
 
 from photon import __version__
 from photon.cli_keys import keys_app
+from photon.cli_plan import add_plan
 from photon.cli_sites import add_commands
 from photon.errors import InputError, PhotonError
 
@@ -26,6 +27,7 @@ data_app = typer.Typer(help="Tokenise and shard each silo; look at the result.",
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 add_commands(app)
+add_plan(app)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Options to change.")]

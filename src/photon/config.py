@@ -181,8 +181,30 @@ class LinkConfig(Section):
         "",
         description="flower: where model bytes wait; empty = beside the gateway, or file:///PATH, s3://, gs://, az://.",
     )
-    up: Literal["exact", "bfloat16"] = Field("exact", description="Codec of updates to the Aggregator.")
+    preset: Literal["exact", "balanced", "tiny"] | None = Field(
+        None, description='Codecs by intent, also written `link = "tiny"`: sets the options below unless given.'
+    )
+    up: list[str] = Field(
+        [], description="Stages of updates to the Aggregator, in order, such as int4(block=64); none = exact."
+    )
+    down: list[str] = Field([], description="Stages of models to the nodes; none = exact.")
+    of: Literal["difference", "weights"] = Field(
+        "difference",
+        description="What lossy stages are given: what changed since the base, or the weights themselves (FedDLR).",
+    )
+    exact_tensors: list[str] = Field(
+        [], description="Patterns such as embed_* of tensors that lossy stages leave alone."
+    )
+    up_feedback: Fraction = Field(
+        1.0, description="Share of what lossy stages left out of an update that is added to the node's next one."
+    )
+    down_feedback: Fraction = Field(1.0, description="The same for the model on its way to the nodes.")
     max_update_norm: float | None = Field(None, gt=0, description="A node scales its update down to this L2 norm.")
+
+    @field_validator("up", "down", "exact_tensors", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
 
 class EvaluationConfig(Section):

@@ -89,6 +89,19 @@ class _Manifest(BaseModel):
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A file that is written and flushed, and belongs to no state yet: `NumberedStates.commit` takes it over."""
+
+    path: Path
+    entry: _FileEntry
+
+    @property
+    def sha256(self) -> str:
+        """Of its bytes."""
+        return self.entry.sha256
+
+
+@dataclass(frozen=True)
 class Committed:
     """One numbered state, read and verified: its fields and the folder its files are in."""
 
@@ -120,17 +133,29 @@ class NumberedStates:
         """Where state `number` is or would be."""
         return self.root / f"{number:0{_DIGITS}d}"
 
-    def commit(self, number: int, files: Mapping[str, Iterable[Chunk]], fields: Mapping[str, Any]) -> dict[str, str]:
+    def draft(self, chunks: Iterable[Chunk]) -> Draft:
+        """Write a file that is needed before the state that it will be part of; the next `prune` removes it."""
+        folder = self.root / f"{_PENDING}draft-{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+        return Draft(folder / "file", _write_synced(folder / "file", chunks))
+
+    def commit(
+        self, number: int, files: Mapping[str, Iterable[Chunk] | Draft], fields: Mapping[str, Any]
+    ) -> dict[str, str]:
         """Write state `number` (replacing one of that number), make it durable, and give the sha256 of each file.
 
-        A file is given in chunks, so that what is large need never be in memory in one piece.
+        A file is given in chunks, so that what is large need never be in memory in one piece, or as a draft.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         pending = self.root / f"{_PENDING}{number:0{_DIGITS}d}-{secrets.token_hex(4)}"
         pending.mkdir()
         entries = {}
         for name, chunks in files.items():
-            entries[name] = _write_synced(pending / name, chunks)
+            if isinstance(chunks, Draft):
+                chunks.path.rename(pending / name)
+                entries[name] = chunks.entry
+            else:
+                entries[name] = _write_synced(pending / name, chunks)
         manifest = _Manifest(number=number, fields=dict(fields), files=entries, sha256="")
         manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
         _write_synced(pending / STATE_FILE, [manifest.model_dump_json(indent=1).encode()])

@@ -20,13 +20,14 @@ _OUTER_STATE_BYTES = {"momentum": 4, "nesterov": 4, "adam": 8, "yogi": 8, "fedav
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. A node's first four are on its device while it trains; `update_bytes` is in its main memory."""
+    """Bytes. A node's first four are on its device while it trains; `update_bytes`, `codec_bytes` in main memory."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     update_bytes: int
+    codec_bytes: int
     aggregator_bytes: int
 
     @property
@@ -40,20 +41,25 @@ def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
 
     Per parameter, a node holds float32 weights and gradients (4 + 4 bytes), with mixed precision a bfloat16 copy (2),
     and the optimizer's state: AdamW 8, SGD 4 if it has momentum, Muon 4 for matrices and 8 for the rest.
-    Beside the device it keeps the round's base and its update in float32 (4 + 4).
-    The Aggregator holds the model (4), the same as sent (4), the merge accumulator (8), the outer optimizer's state
-    (0, 4 or 8) and one reply (4, or 2 as bfloat16): the number of nodes does not enter.
+    Beside the device it keeps the round's base and its update in float32 (4 + 4). With a lossy `link.up` whose error
+    is fed back, what the codec left out of the last update is kept (4), and while it encodes what it leaves out of this
+    one (4). What a stage remembers (the factors of `lowrank`) is small. With a lossy downlink the base is on disk too.
+    The Aggregator holds the model (4), the merge accumulator (8), whose place the merged update takes, and the outer
+    optimizer's state (0, 4 or 8): the number of nodes does not enter. The model as it is sent, and with a lossy
+    downlink the base that nodes rebuild, lie in a file. On the local fabric one reply is in memory (4 at most); over a
+    network it lies in a file too, and of what is in a file one tensor at a time is read.
     Activations are those of `node.micro_batch_size` sequences, or of one, the least that works, if that is `auto`.
     """
-    reply_bytes = _BFLOAT16_BYTES if recipe.link.up == "bfloat16" else _FLOAT32_BYTES
     outer_bytes = _OUTER_STATE_BYTES[recipe.federation.outer]
+    reply_bytes = _FLOAT32_BYTES if recipe.link.fabric == "local" else 0
     return MemoryEstimate(
         weights_bytes=parameters * (_FLOAT32_BYTES + (_BFLOAT16_BYTES if _is_mixed(recipe) else 0)),
         gradients_bytes=parameters * _FLOAT32_BYTES,
-        optimizer_bytes=_optimizer_bytes(recipe, parameters),
+        optimizer_bytes=optimizer_bytes(recipe, parameters),
         activations_bytes=_activations_bytes(recipe),
         update_bytes=parameters * 2 * _FLOAT32_BYTES,
-        aggregator_bytes=parameters * (2 * _FLOAT32_BYTES + _ACCUMULATOR_BYTES + outer_bytes + reply_bytes),
+        codec_bytes=2 * residual_bytes(recipe, parameters),
+        aggregator_bytes=parameters * (_FLOAT32_BYTES + _ACCUMULATOR_BYTES + outer_bytes + reply_bytes),
     )
 
 
@@ -66,7 +72,17 @@ def tokens_per_round(recipe: Recipe) -> int:
     return round(sum(steps) * recipe.nodes_per_round / len(recipe.silo)) * recipe.data.sequence_length
 
 
-def _optimizer_bytes(recipe: Recipe, parameters: int) -> int:
+def residual_bytes(recipe: Recipe, parameters: int) -> int:
+    """What a node keeps of what a lossy `link.up` left out. Raises ConfigError on an unknown codec."""
+    if not recipe.link.up or not recipe.link.up_feedback:
+        return 0
+    from photon.link.codec.notation import parse_pipeline  # here, because it brings torch
+
+    return 0 if parse_pipeline(recipe.link.up, "link.up").is_lossless else parameters * _FLOAT32_BYTES
+
+
+def optimizer_bytes(recipe: Recipe, parameters: int) -> int:
+    """The state of a node's optimizer."""
     match recipe.node.optimizer:
         case "adamw":
             return parameters * _ADAM_STATE_BYTES

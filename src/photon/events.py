@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from photon.link.ledger import Traffic
+
 
 class _Event(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
@@ -57,6 +59,7 @@ class Evaluated(_Event):
     tokens: int = Field(description="Tokens trained on behind it, by all nodes.")
     bytes_up: int = Field(description="Nodes to Aggregator, up to when it was committed.")
     bytes_down: int = Field(description="Aggregator to nodes, up to when it was committed.")
+    link: Traffic = Field(default_factory=Traffic, description="The same bytes at each step of their way.")
     pooled: Scores = Field(description="Over all held-out tokens of the silos below.")
     silos: dict[str, Scores] = Field(description="Of each owner that answered.")
 
@@ -75,6 +78,9 @@ class NodeRound(BaseModel):
     clipped_steps: int = Field(description="Steps whose gradient was clipped.")
     update_norm: float = Field(description="L2 norm of its pseudo-gradient as received.")
     seconds: float = Field(description="Local training time.")
+    receive_s: float = Field(0.0, description="Time to decode and load the base and its own state.")
+    encode_s: float = Field(0.0, description="Time to encode the update.")
+    save_s: float = Field(0.0, description="Time to write update and state to its disk.")
     evaluation_seconds: float = Field(0.0, description="Time it took to score the base before training.")
     tokens_per_second: float = Field(description="tokens / seconds.")
     epoch: float = Field(description="Passes over its own text so far.")
@@ -95,6 +101,10 @@ class RoundDone(_Event):
     bytes_down: int = Field(description="Aggregator to nodes so far.")
     round_bytes_up: int = Field(description="Nodes to Aggregator in this round.")
     round_bytes_down: int = Field(description="Aggregator to nodes in this round.")
+    link: Traffic = Field(default_factory=Traffic, description="All bytes so far, at each step of their way.")
+    round_link: dict[str, Traffic] = Field(
+        default_factory=dict, description="Those of this round by node, also of nodes that did not count."
+    )
     train_loss: float = Field(description="Token-weighted mean over nodes of the round's mean loss.")
     learning_rate: float = Field(description="At the last local step.")
     merged_norm: float = Field(description="L2 norm of the merged pseudo-gradient.")
@@ -108,7 +118,8 @@ class RoundDone(_Event):
     )
     cosine: list[list[float]] = Field(description="Pairwise cosine of updates (sketched), rows as sorted(nodes).")
     phases_s: dict[str, float] = Field(
-        description="Wall seconds by phase; nodes = exchange, training and evaluation there."
+        description="Wall seconds by phase; nodes = waiting for them (exchange, training and evaluation there), "
+        "merge = checking and folding their replies."
     )
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from photon.config import Recipe, Section
 from photon.errors import ConfigError
+from photon.linkpresets import apply_link, check_codecs, codec_fields
 from photon.options import TOP, Option, hint, options_of, section_header, section_types, toml_text
 from photon.problems import Location, Origin, explain, shorten, unknown_option, unknown_section
 from photon.shapes import apply_shape, shape_fields
@@ -45,11 +46,14 @@ def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe
 
     An override is `section.option=value`, `option=value` for those at the top, `silo.NAME.option=value` for one
     owner, or `silo=[...]` for all owners anew. Values are TOML; a bare word is text. Later overrides win. An override
-    of `model.preset` replaces the whole shape that `text` describes, except for the parts overridden beside it.
+    of `model.preset` replaces the whole shape that `text` describes, except for the parts overridden beside it;
+    `link.preset`, also written `link=tiny`, likewise.
 
     Raises ConfigError that lists every problem found, one line each.
     """
     table = _read_toml(text, place)
+    if isinstance(table.get("link"), str):  # `link = "tiny"`
+        table["link"] = {"preset": table["link"]}
     origin = Origin(place)
     problems: list[str] = []
     for override in overrides:
@@ -60,20 +64,23 @@ def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe
     problems += _integers_too_wide(table, place)
     if problems:  # Half-applied overrides would only bring follow-on complaints.
         raise ConfigError("\n".join(problems))
-    model = table.get("model")
-    if isinstance(model, dict):
-        if model.get("preset") and ("model", "preset") in origin.overrides:
-            model = {k: v for k, v in model.items() if k not in shape_fields() or ("model", k) in origin.overrides}
+    for section, fields, apply in (("model", shape_fields(), apply_shape), ("link", codec_fields(), apply_link)):
+        raw = table.get(section)
+        if not isinstance(raw, dict):
+            continue
+        if raw.get("preset") and (section, "preset") in origin.overrides:
+            raw = {k: v for k, v in raw.items() if k not in fields or (section, k) in origin.overrides}
         try:
-            table["model"] = apply_shape(model)
+            table[section] = apply(raw)
         except ConfigError as error:
-            problems.append(f"{origin.label(('model', 'preset'))}: {error}")
+            problems.append(f"{origin.label((section, 'preset'))}: {error}")
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
         problems += explain(error.errors(include_url=False), table, origin)
     if problems:
         raise ConfigError("\n".join(problems))
+    check_codecs(recipe.link)
     return recipe
 
 
@@ -137,6 +144,8 @@ def _apply_override(table: Table, override: str, origin: Origin) -> None:
         section, owner = "silo", section.removeprefix("silo.")
     elif section == "silo":
         raise ConfigError(f"must name the owner: silo.NAME.{shorten(key)}=...")
+    if address == "link":
+        section, key = "link", "preset"
     if section not in sections:
         raise ConfigError(unknown_section(section))
     if section == TOP and key in sections and key != "silo":

@@ -21,6 +21,8 @@ from photon.errors import StateError
 from photon.events import Event
 from photon.readable import byte_size, count, duration, printable, significant
 from photon.report_charts import COLOURS
+from photon.report_link import link_rows, times_fewer
+from photon.report_plan import predicted_and_measured
 from photon.track import METRICS_FILE, read_events
 
 RECIPE_FILE = "recipe.toml"
@@ -62,9 +64,13 @@ def render_report(events: Sequence[Event], recipe: str) -> str:
         "heat": content.heat_maps(run),
         "heat_scale": content.heat_scale(run),
         "phases": content.phase_rows(run),
+        "plan": predicted_and_measured(run.start, run.rounds, recipe),
         "speed": content.speed_figures(run),
         "nodes": content.node_rows(run),
         "missing": content.missing_rows(run),
+        "link": link_rows(run.summary),
+        "fewer_up": times_fewer(run.summary.link.up),
+        "fewer_down": times_fewer(run.summary.link.down),
         "samples": content.shown_samples(run),
         "style": Markup(asset("report.css")),  # noqa: S704 - a file of this package
         "script": Markup(script),  # noqa: S704 - a file of this package

@@ -20,6 +20,7 @@ _MOST_MISSING_ROWS = 200
 _UNTOLD_SHARE = 0.005
 _PHASE_WORDS = {
     "nodes": "nodes: exchange, evaluation, local training",
+    "merge": "checking and merging replies",
     "outer": "outer step",
     "commit of the round before": "committing the state",
 }

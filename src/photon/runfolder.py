@@ -4,6 +4,7 @@ recipe.toml   the fully resolved recipe              metrics.jsonl  every event 
 run.json      the run's identity                     summary.json, report.html  what came out
 tokenizer/    copy of the run's tokenizer            rounds/        committed global states (Aggregator)
 nodes/<name>/ what in a real deployment stays at the owner
+bases/        the newest base as nodes hold it, if link.down is lossy
 model/        the result, Hugging Face format        logs/          output of worker processes
 """
 
@@ -75,6 +76,11 @@ class RunFolder:
     def logs(self) -> Path:
         """Output of worker processes."""
         return self.path / "logs"
+
+    @property
+    def bases(self) -> Path:
+        """The newest base as this machine's nodes hold it, where the downlink sends differences."""
+        return self.path / "bases"
 
     @property
     def operator(self) -> Path:

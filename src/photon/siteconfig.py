@@ -123,6 +123,8 @@ def node_recipe(recipe: Recipe, name: Name, site: SiteConfig) -> Recipe:
         "workers": 1,
         "micro_batch_size": recipe.node.micro_batch_size if site.micro_batch_size == "auto" else site.micro_batch_size,
     }
+    if recipe.link.of == "weights" and site.caps.max_update_norm is not None:
+        raise ConfigError("site.toml: caps.max_update_norm cannot be kept: this run sends weights, not differences")
     norms = [norm for norm in (recipe.link.max_update_norm, site.caps.max_update_norm) if norm is not None]
     return recipe.model_copy(
         update={

@@ -97,9 +97,9 @@ def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
 
 
 @contextmanager
-def hub_fabric(hub: Hub, run: Run, tracker: Tracker) -> Iterator[FlowerFabric]:
+def hub_fabric(hub: Hub, run: Run, payload_bytes: int, tracker: Tracker) -> Iterator[FlowerFabric]:
     """The fabric over a hub that runs, with its status kept in `status.json`."""
-    fabric = hub.open_fabric(run.recipe, tracker.note)
+    fabric = hub.open_fabric(run.recipe, payload_bytes, tracker.note)
     board = StatusBoard(
         hub.status,
         hub.traffic,
@@ -182,7 +182,7 @@ def _stop_signals() -> Iterator[None]:
 
 @contextmanager
 def _open_hub_fabric(run: Run, payload_bytes: int, tracker: Tracker) -> Iterator[Fabric]:
-    with hub_fabric(Hub(run.folder), run, tracker) as fabric:
+    with hub_fabric(Hub(run.folder), run, payload_bytes, tracker) as fabric:
         yield fabric
 
 

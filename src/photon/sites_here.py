@@ -50,7 +50,7 @@ def open_sites_here(threads: int, run: Run, payload_bytes: int, tracker: Tracker
     try:
         host, port = hub.gateway_address()
         nodes = Supervisor([_node(run.folder, silo.name, keys, f"https://{host}:{port}") for silo in run.recipe.silo])
-        with hub_fabric(hub, run, tracker) as fabric:
+        with hub_fabric(hub, run, payload_bytes, tracker) as fabric:
             yield fabric
     finally:
         if nodes is not None:

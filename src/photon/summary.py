@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from photon.durable import write_atomic
 from photon.errors import StateError
 from photon.events import Evaluated, Event, RoundDone, RunFinished, RunStarted, Scores
+from photon.link.ledger import Flow, Traffic
 
 BYTES_DDP_FORMULA = "2 x payload_bytes x sequential_steps x nodes_per_round"
 
@@ -55,6 +56,14 @@ class Standing(Quality):
         )
 
 
+class LinkSummary(_Closed):
+    """Bytes of the whole run at each step of their way, beside the tokens that they served."""
+
+    up: Flow = Field(description="Nodes to Aggregator.")
+    down: Flow = Field(description="Aggregator to nodes.")
+    bytes_per_token: float | None = Field(description="Sent, up and down, over tokens trained on; null before any.")
+
+
 class Summary(_Closed):
     """What a run was, what it cost and what it reached. All bytes and tokens count committed rounds only."""
 
@@ -76,6 +85,7 @@ class Summary(_Closed):
     tokens_per_second: float = Field(description="tokens / seconds, evaluation and exchange included.")
     bytes_up: int = Field(description="Serialised payload, nodes to Aggregator.")
     bytes_down: int = Field(description="Serialised payload, Aggregator to nodes.")
+    link: LinkSummary
     bytes_ddp: int = Field(description="What per-step data-parallel training would have moved for the same steps.")
     bytes_ddp_formula: str = Field(description="How bytes_ddp was computed.")
     bytes_ratio: float | None = Field(description="bytes_ddp / (bytes_up + bytes_down); null for one node or no bytes.")
@@ -102,6 +112,7 @@ def summarise(events: Sequence[Event]) -> Summary:
     totals: list[RoundDone | Evaluated] = [*rounds, *evaluations]
     bytes_up = max((e.bytes_up for e in totals), default=0)
     bytes_down = max((e.bytes_down for e in totals), default=0)
+    link = max(totals, key=lambda e: e.link.up.encoded + e.link.down.encoded).link if totals else Traffic()
     seconds = max(e.seconds for e in events)
     # Per-step training through a centre sends each node's float32 gradient up and the mean down at every step.
     # (A ring of N nodes moves (N - 1) / N of that.)
@@ -126,6 +137,11 @@ def summarise(events: Sequence[Event]) -> Summary:
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         bytes_up=bytes_up,
         bytes_down=bytes_down,
+        link=LinkSummary(
+            up=link.up,
+            down=link.down,
+            bytes_per_token=(link.up.sent + link.down.sent) / tokens if tokens else None,
+        ),
         bytes_ddp=bytes_ddp,
         bytes_ddp_formula=BYTES_DDP_FORMULA,
         bytes_ratio=bytes_ddp / moved if moved and start.nodes_per_round > 1 else None,

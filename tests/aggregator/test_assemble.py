@@ -149,7 +149,7 @@ def test_what_arrives_meanwhile_is_counted_and_changes_nothing() -> None:
     events: list[FabricEvent] = [Arrival("bob", b"x" * 77), progress, Lost("cyd", "gone"), Arrival("eve", b"x" * 5)]
     fabric, tracker, ledger = Gathering({"ada": 0.0, "bob": 0.0}, events), Notes(), Ledger()
     assert gather(fabric, call(), tracker, ledger) == ["ada", "bob"]
-    assert (ledger.of("bob").bytes_up, ledger.of("eve").bytes_up, ledger.total.bytes_up) == (77, 5, 82)
+    assert (ledger.of("bob").up.encoded, ledger.of("eve").up.encoded, ledger.total.up.encoded) == (77, 5, 82)
     assert tracker.seen == [progress]
     assert fabric.now == pytest.approx(120.0)
 
@@ -233,7 +233,7 @@ def test_stray_bytes_are_on_the_ledger_of_the_run(tmp_path: Path) -> None:
         lambda timeout_s: events.pop() if events else receive(timeout_s)
     )
     progress = federation.run().progress
-    assert progress.bytes_up == 1000 + sum(len(message) for _, message in federation.fabric.received)
+    assert progress.link.up.encoded == 1000 + sum(len(message) for _, message in federation.fabric.received)
 
 
 def test_the_pooled_trainer_alone_makes_the_quorum_of_the_baseline(tmp_path: Path) -> None:

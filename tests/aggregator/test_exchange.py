@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -12,20 +13,35 @@ from hypothesis import strategies as st
 from tests.support import Delivery, InlineFabric, edited
 
 from photon.aggregator import exchange as exchange_module
+from photon.aggregator.downlink import Downlink, Told
 from photon.aggregator.exchange import Exchange, Patience
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
-from photon.link.ledger import Ledger
+from photon.link.ledger import Flow, Ledger
+from photon.link.tensors import sha256_hex
 from photon.link.update import Reply, Task, decode_message, encode_message, expect_task
 
 NODES = ("ada", "bob", "cyd", "dan")
 PATIENCE = Patience(quorum=0.5, grace_s=10.0, deadline_s=100.0)
+MODEL_BYTES = 4000
+WHOLE = Downlink.tell_whole(b"the whole base", sha256_hex(b"the whole base"))
+DIFFERENCE = Told("difference", "1" * 64, "int4 | zstd", sha256_hex(b"less"), b"less", {"int4": 9, "zstd": 4})
 
 
 def answer(data: bytes, **changes: object) -> bytes:
     """An ok reply to a serialised task; the Exchange looks no further than its header."""
     fields = expect_task(decode_message(data)).model_dump(include={"run", "round", "node", "nonce", "base_sha256"})
     return encode_message(Reply.model_validate({**fields, "status": "ok", **changes}), b"update")
+
+
+def telling(task: Task, told: Told) -> Task:
+    fields = {"form": told.form, "held_sha256": told.held_sha256, "codec": told.codec, "body_sha256": told.body_sha256}
+    return task.model_copy(update=fields)
+
+
+def retold(task: Task) -> Task:
+    """The same task anew, with the whole base."""
+    return telling(task, WHOLE).model_copy(update={"nonce": f"{task.nonce}-again"})
 
 
 class Trial:
@@ -46,9 +62,14 @@ class Trial:
         )
         self.fabric.slots = slots
         self.ledger, self.progress = Ledger(), list[NodeProgress]()
-        self.exchange = Exchange(self.fabric, self.ledger, patience, self.progress.append)
+        self.exchange = Exchange(
+            self.fabric, self.ledger, patience, self.progress.append, lambda task: (retold(task), WHOLE), MODEL_BYTES
+        )
         self.tasks = {name: self.task(name, 0 if name in evaluators else 5) for name in NODES}
         self.counted: list[str] = []
+
+    def send(self, told: Told = WHOLE) -> None:
+        self.exchange.send({name: (telling(task, told), told) for name, task in self.tasks.items()})
 
     def task(self, node: str, tau: int) -> Task:
         return Task(
@@ -56,9 +77,9 @@ class Trial:
             evaluate=tau == 0, sequential_step=20, tau=tau, deadline_s=100.0,
         )  # fmt: skip
 
-    def run(self, refuse: Iterable[str] = ()) -> Trial:
+    def run(self, refuse: Iterable[str] = (), told: Told = WHOLE) -> Trial:
         with mock.patch.object(exchange_module, "time", SimpleNamespace(monotonic=lambda: self.fabric.now)):
-            self.exchange.send(self.tasks, b"base")
+            self.send(told)
             for task, message in self.exchange.replies():
                 assert message.header.node == task.node
                 self.counted.append(task.node)
@@ -128,7 +149,7 @@ def test_the_quorum_is_of_those_asked_to_train() -> None:
 @pytest.mark.parametrize(("share", "quorum"), [(1.0, 4), (0.76, 4), (0.75, 3), (0.5, 2), (0.26, 2), (0.01, 1)])
 def test_a_quorum_is_rounded_up(share: float, quorum: int) -> None:
     trial = Trial({}, Patience(share, 0.0, 1.0))
-    trial.exchange.send(trial.tasks, b"")
+    trial.send()
     assert trial.exchange.quorum == quorum
 
 
@@ -136,7 +157,8 @@ def test_a_quorum_that_is_a_whole_number_is_not_rounded_up() -> None:
     names = [f"n{i}" for i in range(25)]
     trial = Trial({}, Patience(0.28, 0.0, 1.0))
     trial.fabric.handlers = dict.fromkeys(names, answer)
-    trial.exchange.send({name: trial.task(name, 5) for name in names}, b"")
+    trial.tasks = {name: trial.task(name, 5) for name in names}
+    trial.send()
     assert trial.exchange.quorum == 7
 
 
@@ -164,7 +186,7 @@ def test_what_was_given_up_stays_given_up() -> None:
     trial = Trial({}, change=change).run()
     assert trial.counted == ["bob", "cyd", "dan"]
     assert trial.exchange.missing == {"ada": "gone"}
-    assert trial.ledger.of("ada").bytes_up == len(answer(trial.fabric.sent[0][1]))
+    assert trial.ledger.of("ada").up.encoded == len(answer(trial.fabric.sent[0][1]))
 
 
 def test_the_answer_to_an_earlier_task_does_not_stand_in_for_this_one() -> None:
@@ -174,7 +196,7 @@ def test_the_answer_to_an_earlier_task_does_not_stand_in_for_this_one() -> None:
 
     trial = Trial({}, change=change).run()
     assert sorted(trial.counted) == list(NODES)
-    assert trial.ledger.total.bytes_up == sum(len(message) for _, message in trial.fabric.received)
+    assert trial.ledger.total.up.encoded == sum(len(message) for _, message in trial.fabric.received)
     assert len(trial.fabric.received) == 8
 
 
@@ -192,7 +214,7 @@ def test_a_sender_that_was_not_asked_changes_nothing_but_the_ledger() -> None:
     trial = Trial({}, change=lambda arrivals: [(1.0, Arrival("eve", b"x" * 77)), *((2.0, a) for a in arrivals)]).run()
     assert sorted(trial.counted) == list(NODES)
     assert trial.exchange.missing == {}
-    assert trial.ledger.of("eve").bytes_up == 77
+    assert trial.ledger.of("eve").up.encoded == 77
 
 
 def test_progress_is_passed_on_and_ends_for_every_node() -> None:
@@ -237,8 +259,8 @@ def test_any_network_gives_each_node_one_outcome_in_bounded_time(
     assert trial.fabric.now <= 100.0 * -(-4 // slots) + grace_s + 1e-9
     first = {node: min((at, i) for i, (n, at, k) in enumerate(plan) if n == node) for node, _, _ in plan}
     assert all(plan[first[node][1]][2] in "ok" for node in trial.counted)  # what comes first is what counts
-    assert trial.ledger.total.bytes_down == sum(len(message) for _, message in trial.fabric.sent)
-    assert trial.ledger.total.bytes_up == sum(len(message) for _, message in trial.fabric.received)
+    assert trial.ledger.total.down.encoded == sum(len(message) for _, message in trial.fabric.sent)
+    assert trial.ledger.total.up.encoded == sum(len(message) for _, message in trial.fabric.received)
     assert trial.ledger.round == trial.ledger.total
 
 
@@ -297,6 +319,75 @@ def test_what_is_refused_is_told_from_what_is_missing() -> None:
 
 def test_a_reason_of_megabytes_is_cut() -> None:
     trial = Trial({"ada": [1.0]})
-    trial.exchange.send(trial.tasks, b"")
+    trial.send()
     trial.exchange.refuse("ada", "x" * 10**6)
     assert len(trial.exchange.missing["ada"]) == len(trial.exchange.refused["ada"]) == 2000
+
+
+# --- a node that lacks what its task builds on -----------------------------------------------------------------------
+
+
+def forgetful(data: bytes) -> bytes:
+    """Of a node that holds no base: it wants the whole of it."""
+    lacks = expect_task(decode_message(data)).form != "whole"
+    return answer(data, status="lacks", error="a new disk") if lacks else answer(data)
+
+
+def test_a_node_that_lacks_the_base_is_asked_once_more_with_all_of_it() -> None:
+    trial = Trial({"ada": [3.0], "bob": [1.0], "cyd": [2.0], "dan": [4.0]})
+    trial.fabric.handlers["ada"] = forgetful
+    trial.run(told=DIFFERENCE)
+    assert sorted(trial.counted) == list(NODES)
+    assert trial.fabric.now == 6.0
+    assert trial.exchange.missing == trial.exchange.refused == {}
+    messages = [decode_message(message) for node, message in trial.fabric.sent if node == "ada"]
+    first, second = (expect_task(message) for message in messages)
+    assert (first.form, second.form) == ("difference", "whole")
+    assert first.is_same_work(second)
+    assert first.nonce != second.nonce
+    assert [bytes(cast(memoryview, message.body)) for message in messages] == [b"less", b"the whole base"]
+    assert len(trial.fabric.sent) == 5
+    assert "gets the whole base" in {progress.note for progress in trial.progress if progress.node == "ada"}
+
+
+def test_both_ways_of_telling_are_on_the_ledger_and_so_is_the_reply_between() -> None:
+    trial = Trial({name: [1.0] for name in NODES})
+    trial.fabric.handlers["ada"] = forgetful
+    trial.run(told=DIFFERENCE)
+    down, up = trial.ledger.of("ada").down, trial.ledger.of("ada").up
+    sent = [len(message) for node, message in trial.fabric.sent if node == "ada"]
+    received = [len(message) for node, message in trial.fabric.received if node == "ada"]
+    assert (len(sent), len(received)) == (2, 2)
+    assert down == Flow(
+        raw=2 * MODEL_BYTES,
+        body=len(b"less") + len(b"the whole base"),
+        encoded=sum(sent),
+        sent=sum(sent),
+        stages=DIFFERENCE.stage_bytes,
+    )
+    assert (up.encoded, up.raw, up.body) == (sum(received), 2 * MODEL_BYTES, 2 * len(b"update"))
+    assert trial.ledger.of("bob").down.raw == MODEL_BYTES
+
+
+def test_who_lacks_what_was_sent_whole_has_failed_and_is_not_charged() -> None:
+    """Else a node could keep an exchange going for ever."""
+    trial = Trial({name: [1.0] for name in NODES})
+    trial.fabric.handlers["ada"] = lambda data: answer(data, status="lacks", error="nowhere to put it")
+    trial.run(told=DIFFERENCE)
+    assert sorted(trial.counted) == ["bob", "cyd", "dan"]
+    assert trial.exchange.missing == {"ada": "the node lacks the base that it was sent: nowhere to put it"}
+    assert trial.exchange.refused == {}
+    assert len([node for node, _ in trial.fabric.sent if node == "ada"]) == 2
+
+
+def test_the_answer_to_the_first_telling_does_not_count_for_the_second() -> None:
+    """Nor does saying twice that the base is lacking send it twice."""
+
+    def change(arrivals: list[Arrival]) -> list[Delivery]:
+        return [(1.0, a) for a in arrivals for _ in range(2 if a.node == "ada" else 1)]
+
+    trial = Trial({}, change=change)
+    trial.fabric.handlers["ada"] = forgetful
+    trial.run(told=DIFFERENCE)
+    assert sorted(trial.counted) == list(NODES)
+    assert len([node for node, _ in trial.fabric.sent if node == "ada"]) == 2

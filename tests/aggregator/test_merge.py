@@ -1,6 +1,7 @@
 """The merge against numpy, in every order, to the last bit; and the wrong merges it must not be."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def merge(
     merged = Merge(next(iter(updates.values())), max_weight or sum(weights.values()))
     for node in order:
         merged.fold(updates[node].items(), weights[node])
-    return merged.result()
+    return dict(merged.result())
 
 
 def reference(updates: Updates, weights: dict[str, int]) -> dict[str, np.ndarray]:
@@ -55,6 +56,40 @@ def test_token_weights_equal_numpy_and_uniform_weights_do_not() -> None:
     for name, value in expected.items():
         assert np.abs(merged[name].numpy() - value).max(initial=0) < 1e-15
     assert np.abs(uniform["w"].numpy() - expected["w"]).max() > 1e-3  # the mutant
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_is_the_quotient_of_the_sums_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written over the sums, piece by piece; the reference divides a copy of them, whole."""
+    monkeypatch.setattr("photon.aggregator.merge._CHUNK_ELEMENTS", 8)
+    updates = random_updates(4, dtype)
+    merged = Merge(updates["n0"], sum(WEIGHTS.values()))
+    for node, weight in WEIGHTS.items():
+        merged.fold(updates[node].items(), weight)
+    divisor = merged.weight * 2.0**merged._scale_bits
+    expected = {name: (total.double() / divisor).to(dtype) for name, total in merged._sums.items()}
+    assert max(float(value.double().abs().max()) for value in expected.values() if value.numel()) > 1e-3
+    for name, value in merged.result():
+        assert value.dtype == dtype
+        assert torch.equal(value, expected[name])
+
+
+def test_a_tensor_lies_where_its_sums_were_and_goes_with_its_reader() -> None:
+    """Law 4: neither the whole update nor a second copy of anything is in memory."""
+    updates = random_updates(2, torch.float32)
+    merged = Merge(updates["n0"], 2)
+    merged.fold(updates["n0"].items(), 1)
+    places = {name: total.data_ptr() for name, total in merged._sums.items()}
+    result = merged.result()
+    name, value = next(result)
+    assert value.data_ptr() == places[name]
+    assert name not in merged._sums
+    storage = weakref.ref(value.untyped_storage())
+    assert storage() is not None
+    del value
+    assert storage() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.support import (
     Federation,
     Text,
     largest_difference,
+    local_sgd,
     new_model,
     tiny_recipe,
     untrained,
@@ -29,26 +32,11 @@ from photon.events import NodeRound
 from photon.fabric.base import Arrival, Lost, NodeInfo
 from photon.link.tensors import decode_tensors
 from photon.link.update import TrainingReport, decode_message, expect_reply, expect_task
-from photon.model.build import load_weights, named_weights
+from photon.model.build import load_weights
 
 Updates = dict[str, dict[str, np.ndarray]]
 UNEQUAL = {"ada": {"batch_size": 1, "tau": 3}, "bob": {"batch_size": 4}, "cyd": {"tau": 1}}
 TOKENS = {"ada": 3 * LENGTH, "bob": 8 * LENGTH, "cyd": 2 * LENGTH}
-
-
-def local_sgd(recipe: Recipe, base: Mapping[str, Tensor], node: str, position: int) -> dict[str, np.ndarray]:
-    """A node's pseudo-gradient, float64, from a plain loop."""
-    silo = next(silo for silo in recipe.silo if silo.name == node)
-    model, size = new_model(recipe, torch.float64), recipe.batch_size_of(silo)
-    load_weights(model, base)
-    for step in range(recipe.tau_of(silo)):
-        batch = torch.from_numpy(Text(node).batch(position + step * size, size))
-        model.zero_grad()
-        model.loss(batch[:, :-1], batch[:, 1:]).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.sub_(recipe.node.lr * parameter.grad)
-    return {name: (base[name] - local).numpy() for name, local in named_weights(model).items()}
 
 
 def averaged(recipe: Recipe, weight: Mapping[str, float], divisor: float, rounds: int = 2) -> dict[str, Tensor]:
@@ -152,6 +140,8 @@ def test_the_record_is_what_the_nodes_reported(tmp_path: Path) -> None:
     tokens = np.array([TOKENS[node] for node in sorted(TOKENS)])
     assert event.train_loss == pytest.approx(float((losses * tokens).sum() / tokens.sum()), rel=1e-12)
     assert event.train_loss != pytest.approx(float(losses.mean()), rel=1e-6)  # a mean of means
+    assert list(event.phases_s) == ["assembly", "nodes", "merge", "outer", "commit of the round before"]
+    assert event.phases_s["merge"] > 0
     shared = TrainingReport.model_fields.keys() & NodeRound.model_fields.keys()
     assert len(shared) >= 9
     for node, report in reports.items():
@@ -169,8 +159,8 @@ def test_bytes_are_those_of_the_messages_in_both_directions(tmp_path: Path) -> N
     progress = federation.run().progress
     sent = sum(len(message) for _, message in federation.fabric.sent)
     received = sum(len(message) for _, message in federation.fabric.received)
-    assert (progress.bytes_down, progress.bytes_up) == (sent, received)
-    assert progress.bytes_down > 8 * len(federation.aggregator.payload)  # 3 nodes x (2 rounds + final scores)
+    assert (progress.link.down.encoded, progress.link.up.encoded) == (sent, received)
+    assert progress.link.down.encoded > 8 * len(federation.aggregator.payload)  # 3 nodes x (2 rounds + final scores)
     first, second = federation.rounds()
     assert (first.bytes_up, first.bytes_down) == (first.round_bytes_up, first.round_bytes_down)
     assert second.bytes_up == first.round_bytes_up + second.round_bytes_up
@@ -185,7 +175,7 @@ def test_bytes_go_on_after_a_resume(tmp_path: Path) -> None:
     resumed = Federation(tmp_path / "cut", tiny_recipe(federation={"rounds": 2})).run().progress
     payload = len(untrained(tiny_recipe()).payload)
     # The shorter run scored its last model, which cost a broadcast more.
-    assert resumed.bytes_down - whole.bytes_down == pytest.approx(3 * payload, rel=0.2)
+    assert resumed.link.down.encoded - whole.link.down.encoded == pytest.approx(3 * payload, rel=0.2)
 
 
 def test_scores_are_pooled_over_tokens_and_belong_to_the_base(tmp_path: Path) -> None:
@@ -266,6 +256,17 @@ def test_a_round_costs_memory_for_one_reply(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(federation.fabric, "receive", lambda timeout_s: order.append("receive") or receive(timeout_s))
     federation.run()
     assert order[:6] == ["receive", "fold"] * 3
+
+
+def test_the_aggregator_needs_no_optimizer_of_torch() -> None:
+    """It brings torch's compiler: 80 MB that stay, and three seconds of every start."""
+    program = (
+        "import sys; from photon.aggregator.server import Aggregator; from photon.aggregator.outer import *;"
+        "from photon.config import FederationConfig;"
+        "outer = OuterOptimizer([('w', torch.ones(2))], FederationConfig(outer='adam'));"
+        "outer.step([('w', torch.ones(2))]); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=120).returncode == 0
 
 
 def test_with_an_oversample_the_first_k_make_the_round_and_divide(tmp_path: Path) -> None:

@@ -168,7 +168,18 @@ def test_who_reads_slowly_is_shut_out(own_site: Site, monkeypatch: pytest.Monkey
             while piece := response.read(MIB):
                 received += len(piece)
         assert received < len(data)
-    assert own_site.traffic()["ada"]["bytes_down"] < len(data)
+    assert own_site.traffic()["ada"]["blob_down"] < len(data)
+
+
+def test_who_does_not_read_its_answers_is_shut_out(own_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "SILENCE_S", 0.3)
+    call = b"POST /v1/fleet/x HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(200_000)
+    with in_thread(own_site), closing(connect(own_site)) as connection:
+        connection.connect()
+        with pytest.raises(OSError):  # nor does the gateway take ever more calls
+            for _ in range(500):
+                connection.sock.sendall(call)
+        assert ask(own_site, "GET", "/v1/run").status == 200
 
 
 def test_one_identity_has_few_requests_open_at_once(own_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

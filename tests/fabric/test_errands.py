@@ -53,8 +53,8 @@ class Desk(Errands):
 
 
 @contextmanager
-def desk(home: Path, work: Callable[[Task], Sealed]) -> Iterator[Desk]:
-    opened = Desk(home, work)
+def desk(home: Path, work: Callable[[Task], Sealed], kind: type[Desk] = Desk) -> Iterator[Desk]:
+    opened = kind(home, work)
     try:
         yield opened
     finally:
@@ -122,6 +122,57 @@ def test_work_that_goes_on_is_not_begun_again_for_another_nonce(tmp_path: Path) 
         release.set()
         assert reply_of(here.wait("done", "n2")).nonce == "n2"
         assert here.begun == ["n1"]
+
+
+DIFFERENCE = {"form": "difference", "held_sha256": "b" * 64, "codec": "int4", "body_sha256": "c" * 64}
+
+
+def test_work_that_goes_on_is_not_begun_again_though_its_base_is_told_otherwise(tmp_path: Path) -> None:
+    release = Event()
+
+    def slow(of: Task) -> Sealed:
+        assert release.wait(DEADLINE_S)
+        return ok(of)
+
+    with desk(tmp_path, slow) as here:
+        here.offer(head(task("n1").model_copy(update=DIFFERENCE)), 0)
+        here.wait("training", "n1")
+        here.offer(head(task("n2")), 0)
+        here.wait("training", "n2")
+        release.set()
+        assert reply_of(here.wait("done", "n2")).nonce == "n2"
+        assert here.begun == ["n1"]
+
+
+def test_who_lacked_the_base_begins_again_with_the_whole_of_it(tmp_path: Path) -> None:
+    def forgetful(of: Task) -> Sealed:
+        answer = expect_reply(decode_message(ok(of)))
+        lacks = answer.model_copy(update={"status": "lacks", "error": "a new disk"})
+        return seal(lacks) if of.form == "difference" else ok(of)
+
+    with desk(tmp_path, forgetful) as here:
+        here.offer(head(task("n1").model_copy(update=DIFFERENCE)), 0)
+        assert reply_of(here.wait("done", "n1")).status == "lacks"
+        here.offer(head(task("n2")), 0)
+        assert reply_of(here.wait("done", "n2")).status == "ok"
+        assert here.begun == ["n1", "n2"]
+
+
+def test_for_a_base_that_the_node_has_nothing_is_downloaded(tmp_path: Path) -> None:
+    """The desk has no client to ask: another form could not even try."""
+    bodies: list[object] = []
+
+    class Downloading(Desk):
+        def _do(self, job: errands._Job) -> Sealed:
+            bodies.append(self._base(job))
+            return ok(job.task)
+
+    with desk(tmp_path, ok, Downloading) as here:
+        here.offer(head(task("n1").model_copy(update={"form": "held"})), 0)
+        assert reply_of(here.wait("done", "n1")).status == "ok"
+        here.offer(head(task("n2")), 0)
+        assert reply_of(here.wait("done", "n2")).status == "failed"
+    assert bodies == [b""]
 
 
 def test_a_failure_is_not_repeated_but_tried_again(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_noise_is_refused(noise: bytes) -> None:
     with pytest.raises(WireError):
         decode_message(noise)
     with pytest.raises(WireError):
-        decode_message(b"PHTN\x01" + noise)
+        decode_message(b"PHTN\x02" + noise)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_headers_out_of_bounds_are_refused(change: dict[str, object]) -> None:
 
     bad = json.dumps(json.loads(text) | change).replace('"kind": "task"', '"kind":"task"').encode()
     with pytest.raises(WireError, match="malformed task header"):
-        decode_message(b"PHTN\x01" + len(bad).to_bytes(4, "little") + bad)
+        decode_message(b"PHTN\x02" + len(bad).to_bytes(4, "little") + bad)
 
 
 def test_not_a_number_does_not_pass_as_json() -> None:

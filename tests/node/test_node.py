@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support import CPU, LENGTH, RUN, VOCAB, Federation, Text, edited, largest_difference, new_model, tiny_recipe
+from tests.support import (
+    CPU,
+    LENGTH,
+    RUN,
+    VOCAB,
+    Federation,
+    Text,
+    edited,
+    largest_difference,
+    new_model,
+    tiny_recipe,
+    without_timings,
+)
 from torch import Tensor
 
+from photon import stopwatch
 from photon.config import Recipe
 from photon.errors import StateError, WireError
 from photon.events import NodeProgress
-from photon.link.codecs import CODECS
+from photon.link.codec.feedback import tensor_seed
+from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
 from photon.link.update import Reply, Task, decode_message, encode_message, expect_reply
 from photon.model.build import named_weights
@@ -26,12 +41,14 @@ from photon.node.node import HeldOut, Node, failure_reply, score
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer, TrainingError
 
+SEED = tiny_recipe().seed
 BASE = encode_tensors(named_weights(new_model(tiny_recipe())))
 
 
 def task(body: bytes = BASE, **changes: Any) -> bytes:
     fields = {
-        "run": RUN, "round": 0, "node": "ada", "nonce": "n", "base_sha256": sha256_hex(body),
+        "run": RUN, "round": 0, "node": "ada", "nonce": "n",
+        "base_sha256": sha256_hex(body), "body_sha256": sha256_hex(body),
         "evaluate": False, "sequential_step": 0, "tau": 3, "deadline_s": 1e6,
     }  # fmt: skip
     return encode_message(Task.model_validate(fields | changes), body)
@@ -81,7 +98,7 @@ def test_a_task_done_twice_gives_the_same_bytes_and_counts_once(tmp_path: Path) 
     once, first, _ = handed_in(node, task())
     again, second, _ = handed_in(node, task())
     assert encode_tensors(first) == encode_tensors(second)
-    assert once.model_dump(exclude={"training": {"seconds"}}) == again.model_dump(exclude={"training": {"seconds"}})
+    assert without_timings(once) == without_timings(again)
     assert node.site.store.load(RUN, "ada", 1).position == 6
     later = encode_tensors(handed_in(node, task(round=1, sequential_step=3))[1])
     assert later != encode_tensors(first)  # it can fail: the next round does train on
@@ -108,6 +125,15 @@ def test_a_node_that_is_late_hands_in_what_it_has(tmp_path: Path, monkeypatch: p
     assert largest_difference(update, {name: base[name] - local[name] for name in base}) < 1e-6
 
 
+def test_it_says_where_its_time_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks once whenever it is looked at: after the base, the state, training, encoding, the disk."""
+    clock = itertools.count()
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    reply, _, _ = handed_in(one_node(tmp_path), task())
+    assert reply.training is not None
+    assert (reply.training.receive_s, reply.training.encode_s, reply.training.save_s) == (2.0, 1.0, 1.0)
+
+
 def norm(tensors: Mapping[str, Tensor]) -> float:
     return float(torch.cat([tensor.double().flatten() for tensor in tensors.values()]).norm())
 
@@ -122,12 +148,72 @@ def test_an_update_is_scaled_down_to_its_largest_norm(tmp_path: Path) -> None:
     assert encode_tensors(kept) == encode_tensors(whole)
 
 
-@pytest.mark.parametrize("name", CODECS)
-def test_the_codec_that_is_named_is_the_one_that_is_used(name: str, tmp_path: Path) -> None:
+CHAINS = [[], ["zstd"], ["bf16"], ["int4(block=32, rounding=stochastic)", "zstd"], ["topk(scope=global)", "sign"]]
+
+
+@pytest.mark.parametrize("up", CHAINS, ids="-".join)
+def test_the_codec_that_is_named_is_the_one_that_is_used(up: list[str], tmp_path: Path) -> None:
+    """With random choices that belong to seed, node, round and tensor."""
     _, exact, _ = handed_in(one_node(tmp_path / "exact"), task())
-    reply, update, _ = handed_in(one_node(tmp_path / name, link={"up": name}), task())
-    assert reply.codec == name
-    assert encode_tensors(update) == encode_tensors({k: CODECS[name].encode(v) for k, v in exact.items()})
+    reply, update, _ = handed_in(one_node(tmp_path / "coded", link={"up": up}), task())
+    codec = parse_pipeline(up)
+    assert reply.codec == codec.name
+
+    def encoded(seed: str) -> bytes:
+        survey = codec.survey(lambda: iter(exact.items()))
+        wires = {k: codec.encode(value, tensor_seed(seed, k), survey, {}).wire for k, value in exact.items()}
+        return encode_tensors(wires)
+
+    assert encode_tensors(update) == encoded(f"{SEED}/ada/0")
+    if "stochastic" in codec.name:
+        assert encode_tensors(update) != encoded(f"{SEED}/bob/0")
+
+
+def test_weights_are_handed_in_as_they_are_where_the_recipe_says_so(tmp_path: Path) -> None:
+    link = {"of": "weights", "up": ["bf16"], "up_feedback": 0.0}
+    _, wire, _ = handed_in(one_node(tmp_path, link=link), task())
+    local = trained_by_hand(tiny_recipe())
+    codec = parse_pipeline(["bf16"])
+    decoded = {name: codec.decode(wire[name], tuple(local[name].shape), torch.float32).tensor for name in local}
+    assert largest_difference(decoded, local) < 2**-7  # weights of up to 2, rounded to 8 bits
+    base = decode_tensors(BASE)
+    assert largest_difference(decoded, {name: base[name] - local[name] for name in base}) > 0.1  # the mutant
+
+
+def test_what_the_codec_left_out_is_committed_with_the_state_and_sent_in_the_next_round(tmp_path: Path) -> None:
+    """Round 1 sends the codec's image of update + residual; a task done again begins with the residual of then."""
+    node = one_node(tmp_path / "lossy", link={"up": ["int4(block=32, rounding=stochastic)"]})
+    plain = one_node(tmp_path / "exact")
+    codec = parse_pipeline(["int4(block=32, rounding=stochastic)"])
+
+    def decoded(wire: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shapes = {name: tuple(tensor.shape) for name, tensor in decode_tensors(BASE).items()}
+        return {name: codec.decode(wire[name], shape, torch.float32).tensor for name, shape in shapes.items()}
+
+    residual = {name: torch.zeros_like(tensor) for name, tensor in decode_tensors(BASE).items()}
+    for number in (0, 1, 2):
+        asked = task(round=number, sequential_step=3 * number)
+        wire, update = handed_in(node, asked)[1], handed_in(plain, asked)[1]
+        given = {name: update[name] + residual[name] for name in update}
+        seed = f"{SEED}/ada/{number}"
+        again = {n: codec.encode(t, tensor_seed(seed, n), None, {}).wire for n, t in given.items()}
+        assert encode_tensors(wire) == encode_tensors(again)
+        if number:
+            forgotten = {n: codec.encode(t, tensor_seed(seed, n), None, {}).wire for n, t in update.items()}
+            assert encode_tensors(wire) != encode_tensors(forgotten)  # the mutant
+        residual = {name: given[name] - tensor for name, tensor in decoded(wire).items()}
+        kept = node.site.store.load(RUN, "ada", number + 1).link
+        assert largest_difference({f"residual/{n}": t for n, t in residual.items()}, kept) == 0.0
+        assert encode_tensors(handed_in(node, asked)[1]) == encode_tensors(wire)
+
+
+@pytest.mark.parametrize(("up", "feedback"), [([], 1.0), (["zstd"], 1.0), (["int4"], 0.0)])
+def test_where_nothing_is_left_out_or_wanted_again_nothing_is_kept(
+    up: list[str], feedback: float, tmp_path: Path
+) -> None:
+    node = one_node(tmp_path, link={"up": up, "up_feedback": feedback})
+    handed_in(node, task())
+    assert node.site.store.load(RUN, "ada", 1).link == {}
 
 
 # --- what it scores --------------------------------------------------------------------------------------------------
@@ -185,9 +271,20 @@ def test_a_base_that_is_not_the_one_named_is_refused(tmp_path: Path) -> None:
     node = one_node(tmp_path)
     damaged = bytearray(task())
     damaged[-1] ^= 1
-    for message in (task(base_sha256="0" * 64), bytes(damaged), task()[:-4]):
+    for message in (task(body_sha256="0" * 64), bytes(damaged), task()[:-4]):
         with pytest.raises(WireError, match="round 0: the base received is not the one the task names"):
             node.handle(message, lambda progress: None)
+    with pytest.raises(WireError, match="round 0: the whole base is announced under two hashes"):
+        node.handle(task(base_sha256="0" * 64), lambda progress: None)
+
+
+def test_a_node_that_lacks_a_base_says_so_and_has_done_nothing(tmp_path: Path) -> None:
+    node = one_node(tmp_path, link={"down": ["int8"]})
+    reply, update, progress = handed_in(node, task(b"", base_sha256="1" * 64, form="held", round=3, evaluate=True))
+    assert (reply.status, reply.error) == ("lacks", f"this node does not hold the base {'1' * 64}")
+    assert (reply.run, reply.round, reply.node, reply.nonce, reply.base_sha256) == (RUN, 3, "ada", "n", "1" * 64)
+    assert (reply.training, reply.evaluation, update, progress) == (None, None, {}, [])
+    assert not (tmp_path / "nodes").exists()
 
 
 def test_a_base_of_another_model_is_refused(tmp_path: Path) -> None:

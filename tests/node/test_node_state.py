@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,21 +16,28 @@ from hypothesis import strategies as st
 
 from photon.durable import STATE_FILE, NumberedStates, kept_numbers
 from photon.errors import StateError
-from photon.node.state import OPTIMIZER_FILE, NodeState, NodeStore
+from photon.link.tensors import encode_tensors, tensor_chunks
+from photon.node.state import LINK_FILE, OPTIMIZER_FILE, NodeState, NodeStore
 
 StoreType = Callable[[Path, int, int], NodeStore]
 
 
 def state(position: int) -> NodeState:
     optimizer = {"w/exp_avg": torch.tensor([float(position)]), "w/step": torch.tensor(float(position))}
-    return NodeState("r", "ada", position, 6 * position, position, optimizer)
+    link = {"residual/w": torch.tensor([0.5, -0.0, float(position)]), "memory/w/0/basis": torch.eye(2) * position}
+    return NodeState("r", "ada", position, 6 * position, position, optimizer, link)
 
 
 def same(a: NodeState, b: NodeState) -> bool:
-    tensors = a.optimizer.keys() == b.optimizer.keys() and all(
-        torch.equal(a.optimizer[key], b.optimizer[key]) for key in a.optimizer
+    optimizer, link = (
+        encode_tensors(ours) == encode_tensors(theirs)
+        for ours, theirs in ((a.optimizer, b.optimizer), (a.link, b.link))
     )
-    return tensors and (a.run, a.node, a.position, a.tokens, a.steps) == (b.run, b.node, b.position, b.tokens, b.steps)
+    return (
+        optimizer
+        and link
+        and (a.run, a.node, a.position, a.tokens, a.steps) == (b.run, b.node, b.position, b.tokens, b.steps)
+    )
 
 
 def test_what_was_committed_is_restored(tmp_path: Path) -> None:
@@ -40,6 +48,12 @@ def test_what_was_committed_is_restored(tmp_path: Path) -> None:
     assert same(store.load("r", "ada", 9), state(4))  # it sat out rounds 1 to 8
     assert same(store.load("r", "ada", 0), NodeState("r", "ada"))  # round 0 again
     assert same(NodeStore(tmp_path, 2, 0).load("r", "ada", 1), state(4))  # by another process
+
+
+def test_a_state_from_before_codecs_kept_anything_is_read(tmp_path: Path) -> None:
+    fields = {"run": "r", "node": "ada", "position": 4, "tokens": 24, "steps": 4}
+    NumberedStates(tmp_path).commit(1, {OPTIMIZER_FILE: tensor_chunks(state(4).optimizer)}, fields)
+    assert same(NodeStore(tmp_path, 2, 0).load("r", "ada", 1), replace(state(4), link={}))
 
 
 def test_a_node_that_joins_late_begins_fresh_and_can_do_so_again(tmp_path: Path) -> None:
@@ -160,7 +174,7 @@ def test_a_state_of_another_run_or_node_is_refused(run: str, node: str, tmp_path
         NodeStore(tmp_path, 1, 0).load(run, node, 1)
 
 
-@pytest.mark.parametrize("file", [STATE_FILE, OPTIMIZER_FILE])
+@pytest.mark.parametrize("file", [STATE_FILE, OPTIMIZER_FILE, LINK_FILE])
 def test_a_damaged_state_is_refused_by_name_not_replaced_by_an_older_one(file: str, tmp_path: Path) -> None:
     store = NodeStore(tmp_path, 3, 0)
     for round_index in range(3):

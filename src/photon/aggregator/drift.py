@@ -15,7 +15,8 @@ _STRIDES = (1, 11, 101, 1009, 10_007, 100_003)
 def sample_update(update: Iterable[tuple[str, Tensor]], total_values: int) -> Tensor:
     """Every s-th value of an update as float32; all of them up to SAMPLE_VALUES values (then cosines are exact)."""
     stride = next((s for s in _STRIDES if total_values <= SAMPLE_VALUES * s), _STRIDES[-1])
-    return torch.cat([tensor.reshape(-1)[::stride].float() for _, tensor in update])
+    # Copies: a view would keep the whole tensor, and all of them the whole update.
+    return torch.cat([tensor.reshape(-1)[::stride].to(torch.float32, copy=True) for _, tensor in update])
 
 
 def pairwise_cosine(samples: Mapping[str, Tensor]) -> list[list[float]]:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from photon.aggregator.downlink import Told
 from photon.aggregator.validate import NodeFailedError, verify_identity
 from photon.errors import ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, Fabric, Lost
-from photon.link.body import Body
-from photon.link.ledger import Ledger
-from photon.link.update import Message, Task, decode_message, expect_reply, seal
+from photon.link.ledger import Flow, Ledger, Traffic
+from photon.link.update import Message, Reply, Task, decode_message, expect_reply, seal
 
 _POLL_S = 1.0  # upper bound of one wait: Ctrl-C and the deadline are noticed within it
 _REASON_CHARACTERS = 2000  # a stranger may name a tensor as it likes; the record of the run repeats no megabytes
@@ -44,7 +44,8 @@ class Exchange:
 
     The quorum is a share of K, or of those asked to train (of all, if none is). `missing` says afterwards who did not
     count and why; `refused` those of them whose reply failed a check, which is charged to them. Whoever finds a yielded
-    reply unusable calls `refuse`.
+    reply unusable calls `refuse`. A node that lacks what its task builds on is asked once more, with what `whole` makes
+    of the task. `model_bytes` are those of the model in float32, for the ledger.
     """
 
     def __init__(
@@ -53,24 +54,30 @@ class Exchange:
         ledger: Ledger,
         patience: Patience,
         on_progress: Callable[[NodeProgress], None],
+        whole: Callable[[Task], tuple[Task, Told]],
+        model_bytes: int,
     ) -> None:
         self._fabric, self._ledger, self._patience = fabric, ledger, patience
-        self._on_progress = on_progress
+        self._on_progress, self._whole, self._model_bytes = on_progress, whole, model_bytes
         self._waiting: dict[str, Task] = {}
         self._asked: set[str] = set()
         self._counted: set[str] = set()
         self.missing: dict[str, str] = {}
         self.refused: dict[str, str] = {}
 
-    def send(self, tasks: Mapping[str, Task], body: Body) -> None:
-        """Hand every task to the fabric with `body`, the base they start from."""
-        for node, task in tasks.items():
-            message = seal(task, body)
-            self._ledger.down(node, len(message))
-            self._fabric.send(node, message)
-            self._waiting[node] = task
+    def send(self, tasks: Mapping[str, tuple[Task, Told]]) -> None:
+        """Hand every task to the fabric, with what tells the base that it starts from."""
+        for task, told in tasks.values():
+            self._send(task, told)
         self._asked = set(tasks)
-        self._counted = {node for node, task in tasks.items() if task.tau > 0} or self._asked
+        self._counted = {node for node, (task, _) in tasks.items() if task.tau > 0} or self._asked
+
+    def _send(self, task: Task, told: Told) -> None:
+        message = seal(task, told.body)
+        self._ledger.down(task.node, len(message), len(told.body), self._model_bytes)
+        self._ledger.add(task.node, Traffic(down=Flow(stages=dict(told.stage_bytes))))
+        self._fabric.send(task.node, message)
+        self._waiting[task.node] = task
 
     def replies(self) -> Iterator[tuple[Task, Message]]:
         """Yield (task, reply) until all have answered, or quorum and grace are over, or the deadline is.
@@ -144,9 +151,14 @@ class Exchange:
         try:
             message = decode_message(arrival.message)
             reply = expect_reply(message)
+            if body_bytes := len(message.body):
+                self._ledger.add(node, Traffic(up=Flow(raw=self._model_bytes, body=body_bytes)))
             if reply.node == node and reply.nonce != task.nonce:
                 return None  # the late answer to an earlier task; the one asked for may still come
             verify_identity(node, reply, task)
+            if reply.status == "lacks":
+                self._tell_again(task, reply)
+                return None
         except NodeFailedError as error:  # it says so itself: no lie, nothing to charge
             self._give_up(node, str(error))
             return None
@@ -156,6 +168,13 @@ class Exchange:
         del self._waiting[node]
         self._on_progress(NodeProgress(node=node, round=task.round, state="done", step=task.tau, steps=task.tau))
         return task, message
+
+    def _tell_again(self, task: Task, reply: Reply) -> None:
+        """Ask a node that lacks the base again, with all of it. Raises NodeFailedError if it had all of it."""
+        if task.form == "whole":
+            raise NodeFailedError(f"the node lacks the base that it was sent: {reply.error or 'no reason given'}")
+        self._on_progress(NodeProgress(node=task.node, round=task.round, state="waiting", note="gets the whole base"))
+        self._send(*self._whole(task))
 
     def _let_spares_go(self) -> bool:
         """Abandon whoever still trains; says whether there was anybody. They did nothing wrong."""

@@ -8,14 +8,14 @@ folded. Memory is 8 bytes per parameter, whatever the number of nodes (law 4).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 MAX_ABS_UPDATE = 1024.0
 _FRACTION_BITS = 52
-_CHUNK_ELEMENTS = 2**22  # bounds the float64 temporaries of a fold to 32 MiB each
+_CHUNK_ELEMENTS = 2**16  # bounds the temporaries of a fold and of the result to 512 KiB each
 
 
 class Merge:
@@ -46,13 +46,27 @@ class Merge:
                 total[begin : begin + _CHUNK_ELEMENTS] += part.mul_(factor).round_().to(torch.int64)
         self.weight += weight
 
-    def result(self) -> dict[str, Tensor]:
-        """The merged pseudo-gradient, in each parameter's own dtype. Frees the sums: call it once."""
+    def result(self) -> Iterator[tuple[str, Tensor]]:
+        """The merged pseudo-gradient by name, in each parameter's own dtype. Call it once: it takes the sums away.
+
+        A tensor is made when it is asked for, and written over its sums: nothing is added to the memory of the merge,
+        and a tensor's is free once the caller lets go of it. Raises ValueError if nothing was folded.
+        """
         if self.weight == 0:
             raise ValueError("nothing was folded")
-        divisor = float(self.weight) * 2.0**self._scale_bits
-        merged: dict[str, Tensor] = {}
+        return self._means(float(self.weight) * 2.0**self._scale_bits)
+
+    def _means(self, divisor: float) -> Iterator[tuple[str, Tensor]]:
         for name in list(self._sums):
-            total = self._sums.pop(name)
-            merged[name] = (total.double() / divisor).to(self._like[name])
-        return merged
+            yield name, _divide(self._sums.pop(name), divisor, self._like[name])
+
+
+def _divide(sums: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
+    """`sums / divisor` of int64 sums, rounded once to `dtype`, which is no wider; it takes the place of the sums."""
+    flat = sums.view(-1)
+    mean = flat.view(dtype)[: flat.numel()]
+    for begin in range(0, flat.numel(), _CHUNK_ELEMENTS):
+        # A piece is read before it is written, and what is written ends no later than what has been read.
+        part = flat[begin : begin + _CHUNK_ELEMENTS].double()
+        mean[begin : begin + _CHUNK_ELEMENTS] = part.div_(divisor)
+    return mean.view(sums.shape)

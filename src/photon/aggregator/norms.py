@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from photon.errors import ReplyRefusedError
@@ -35,6 +36,7 @@ _TIMES_MEDIAN = 4.0
 _DEVIATIONS = 12.0
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _TIMES_BASE = 100.0
+_PIECE_VALUES = 2**18
 _LAWS = (0.0, 0.5, 1.0)  # powers of the local steps with which a norm may grow
 
 # By round, oldest first: of each accepted update its norm at the full learning rate, and the local steps behind it.
@@ -62,7 +64,16 @@ def remember(history: NormHistory, accepted: Iterable[tuple[float, int]]) -> Nor
 
 def norm_of(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm over all values, computed in float64."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    return math.sqrt(sum(squares_of(tensor) for tensor in tensors.values()))
+
+
+def squares_of(tensor: Tensor) -> float:
+    """Sum of squares in float64, a piece at a time: of a large tensor a whole copy in float64 would be in memory."""
+    flat = tensor.reshape(-1)
+    return sum(
+        float(flat[begin : begin + _PIECE_VALUES].to(torch.float64, copy=True).square_().sum())
+        for begin in range(0, flat.numel(), _PIECE_VALUES)
+    )
 
 
 class NormBound:

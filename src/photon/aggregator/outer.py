@@ -1,99 +1,188 @@
-"""The outer optimizer: applies the merged pseudo-gradient to the global model.
+"""The outer optimizer: applies the merged pseudo-gradient to the global model, a piece of a tensor at a time.
 
-The pseudo-gradient is `theta_t - mean_k theta_k`, so every optimizer here *descends* along it, with the semantics of
-`torch.optim` (and of Zaheer et al. 2018 for Yogi, which torch lacks).
+The pseudo-gradient is `theta_t - mean_k theta_k`, so every rule here *descends* along it. The rules are those of
+`torch.optim` to the last bit (and of Zaheer et al. 2018 for Yogi, which torch lacks), without its module: that brings
+the compiler, 80 MB and three seconds, and would hold the whole pseudo-gradient at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from photon.config import FederationConfig
 from photon.errors import StateError
 
+_CHUNK_ELEMENTS = 2**16  # bounds the temporaries of a step to 512 KiB each, which a CPU's cache holds
+_STEP = "step"
 
-class Yogi(torch.optim.Optimizer):
-    """Adam whose second moment moves by `(1 - beta2) * sign(v - g^2) * g^2`; bias-corrected like Adam."""
+State = Mapping[str, Tensor]
+# Moves a flat piece of the weights, and of the state that belongs to it, along the same piece of the gradient.
+Move = Callable[[Tensor, Tensor, State], None]
 
-    def __init__(self, params: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
-        """One update from the `.grad` of each parameter."""
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                gradient, mean, square = parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                state["step"] += 1
-                steps = state["step"].item()
-                mean.lerp_(gradient, 1 - beta1)
-                squared = gradient.square()
-                square.sub_(torch.sign(square - squared) * squared, alpha=1 - beta2)
-                root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-                parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**steps))
+@dataclass(frozen=True)
+class Rule:
+    """A way to step. `state` names the tensors it keeps of each weight, with the value that they begin with.
+
+    With `counts` it also finds the number of the step, from 1 on, as the scalar `step`.
+    """
+
+    move: Move
+    state: Mapping[str, float]
+    counts: bool = False
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Names of all state of a parameter."""
+        return frozenset(self.state) | ({_STEP} if self.counts else set())
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """L2 norms, summed up in float64: of the pseudo-gradient, and of what the step changed in the weights."""
+
+    gradient_norm: float
+    moved_norm: float
 
 
 class OuterOptimizer:
-    """Holds the global model (CPU parameters by name) and moves it once a round."""
+    """Holds the global model (CPU tensors by name, copied one after the other) and moves it once a round."""
 
-    def __init__(self, weights: Mapping[str, Tensor], federation: FederationConfig) -> None:
-        self._parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in weights.items()}
-        self._optimizer = _build(list(self._parameters.values()), federation)
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], federation: FederationConfig) -> None:
+        self._weights = {name: _copy(tensor) for name, tensor in weights}
+        self._rule = _rule(federation)
+        self._state: dict[str, dict[str, Tensor]] = {}
 
     def weights(self) -> dict[str, Tensor]:
-        """The global model; views of what `step` moves."""
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        """The global model; these tensors are what `step` moves."""
+        return dict(self._weights)
 
-    def step(self, pseudo_gradient: Mapping[str, Tensor]) -> None:
-        """theta_{t+1} from the merged pseudo-gradient of round t."""
-        for name, parameter in self._parameters.items():
-            parameter.grad = pseudo_gradient[name]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
+        """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
+
+        Raises ValueError unless it has every name once, KeyError on a name that the model lacks: the model is spoilt
+        then.
+        """
+        gradient_squares = moved_squares = 0.0
+        seen: list[str] = []
+        for name, gradient in pseudo_gradient:
+            weight, flat, state = self._weights[name].view(-1), gradient.reshape(-1), self._state_of(name)
+            for begin in range(0, weight.numel(), _CHUNK_ELEMENTS):
+                piece = slice(begin, begin + _CHUNK_ELEMENTS)
+                part, before = flat[piece], weight[piece].clone()
+                kept = {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
+                self._rule.move(weight[piece], part, kept)
+                gradient_squares += _squares(part)
+                moved_squares += _squares(before.sub_(weight[piece]))
+            seen.append(name)
+        if sorted(seen) != sorted(self._weights):
+            raise ValueError("the pseudo-gradient does not have every tensor of the model once")
+        return Stepped(math.sqrt(gradient_squares), math.sqrt(moved_squares))
 
     def export_state(self) -> dict[str, Tensor]:
-        """Optimizer state as named tensors, `parameter/state`."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    state[f"{name}/{key}"] = torch.as_tensor(value).clone()
-        return state
+        """Optimizer state as named tensors, `parameter/state`: they lie where they are, and `step` moves them."""
+        return {f"{name}/{kind}": value for name, state in self._state.items() for kind, value in state.items()}
 
     def import_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all optimizer state by what `export_state` gave. Raises StateError on unknown names or shapes."""
-        self._optimizer.state.clear()
+        """Replace all optimizer state by a copy of what `export_state` gave.
+
+        State that this optimizer does not keep is left out: the recipe's `outer` may have changed since. Raises
+        StateError on unknown names, wrong shapes, and state that is there in part.
+        """
+        self._state.clear()
         for key, value in state.items():
             name, _, kind = key.rpartition("/")
-            parameter = self._parameters.get(name)
-            if parameter is None or (value.dim() and value.shape != parameter.shape):
+            weight = self._weights.get(name)
+            expected = torch.Size() if weight is None or kind == _STEP else weight.shape
+            if weight is None or value.shape != expected:
                 raise StateError(f"outer optimizer state {key!r} does not fit the model")
-            entry: dict[str, Any] = self._optimizer.state[parameter]
-            entry[kind] = value.clone()
+            if kind in self._rule.kinds:
+                self._state.setdefault(name, {})[kind] = _copy(value)
+        for name, kept in self._state.items():
+            if missing := sorted(self._rule.kinds - kept.keys()):
+                raise StateError(f"outer optimizer state of {name!r} does not fit: it lacks {missing[0]!r}")
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        """The state of a parameter for its next step; new if this is its first."""
+        if name not in self._state:
+            weight = self._weights[name]
+            self._state[name] = {kind: torch.full_like(weight, value) for kind, value in self._rule.state.items()}
+            if self._rule.counts:
+                self._state[name][_STEP] = torch.zeros(())
+        if self._rule.counts:
+            self._state[name][_STEP] += 1
+        return self._state[name]
 
 
-def _build(parameters: list[nn.Parameter], federation: FederationConfig) -> torch.optim.Optimizer:
+def _rule(federation: FederationConfig) -> Rule:
     lr, momentum = federation.outer_lr, federation.outer_momentum
+    moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+    # -0.0 is what changes no sum: momentum * -0.0 + g is g to the last bit, as if the buffer began as the gradient.
+    velocity = {"momentum_buffer": -0.0}
     match federation.outer:
         case "fedavg":
-            return torch.optim.SGD(parameters, lr=lr)
+            return Rule(partial(_descend, lr), {})
         case "none":  # the centralised baseline: the only node's weights become the global model
-            return torch.optim.SGD(parameters, lr=1.0)
+            return Rule(partial(_descend, 1.0), {})
         case "momentum":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum)
+            return Rule(partial(_momentum, lr, momentum), velocity)
         case "nesterov":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=True)
+            return Rule(partial(_nesterov, lr, momentum), velocity)
         case "adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=federation.outer_betas, eps=federation.outer_eps)
+            return Rule(partial(_adam, lr, federation.outer_betas, federation.outer_eps), moments, counts=True)
         case "yogi":
-            return Yogi(parameters, lr, federation.outer_betas, federation.outer_eps)
+            return Rule(partial(_yogi, lr, federation.outer_betas, federation.outer_eps), moments, counts=True)
+
+
+# A rule's own settings come first. The operations are torch's, in its order: that decides the last bit.
+
+
+def _descend(lr: float, weight: Tensor, gradient: Tensor, _: State) -> None:
+    weight.add_(gradient, alpha=-lr)
+
+
+def _momentum(lr: float, momentum: float, weight: Tensor, gradient: Tensor, state: State) -> None:
+    """v <- mu v + g; theta <- theta - lr v."""
+    velocity = state["momentum_buffer"].mul_(momentum).add_(gradient)
+    weight.add_(velocity, alpha=-lr)
+
+
+def _nesterov(lr: float, momentum: float, weight: Tensor, gradient: Tensor, state: State) -> None:
+    """v <- mu v + g; theta <- theta - lr (g + mu v)."""
+    velocity = state["momentum_buffer"].mul_(momentum).add_(gradient)
+    weight.add_(gradient.add(velocity, alpha=momentum), alpha=-lr)
+
+
+def _adam(lr: float, betas: tuple[float, float], eps: float, weight: Tensor, gradient: Tensor, state: State) -> None:
+    """Kingma and Ba 2015, algorithm 1: both moments bias-corrected."""
+    (beta1, beta2), steps = betas, state[_STEP].item()
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = square.sqrt().div_((1 - beta2**steps) ** 0.5).add_(eps)
+    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
+
+
+def _yogi(lr: float, betas: tuple[float, float], eps: float, weight: Tensor, gradient: Tensor, state: State) -> None:
+    """Adam whose second moment moves by `(1 - beta2) * sign(v - g^2) * g^2`; bias-corrected like Adam."""
+    (beta1, beta2), steps = betas, state[_STEP].item()
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.lerp_(gradient, 1 - beta1)
+    squared = gradient.square()
+    square.sub_(torch.sign(square - squared).mul_(squared), alpha=1 - beta2)
+    root = (square / (1 - beta2**steps)).sqrt_().add_(eps)
+    weight.addcdiv_(mean, root, value=-lr / (1 - beta1**steps))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(tensor.to(torch.float64, copy=True).square_().sum())

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from photon.aggregator.allocator import return_freed_memory
 from photon.aggregator.assemble import RollCall, assemble
 from photon.aggregator.balance import local_steps, measured
+from photon.aggregator.downlink import Downlink, Told
 from photon.aggregator.drift import pairwise_cosine, sample_update
 from photon.aggregator.exchange import Exchange, Patience, quorum_of
 from photon.aggregator.merge import Merge
-from photon.aggregator.norms import NormBound, norm_of, remember
-from photon.aggregator.outer import OuterOptimizer
+from photon.aggregator.norms import NormBound, remember
+from photon.aggregator.outer import OuterOptimizer, Stepped
 from photon.aggregator.sampling import sample_with_spares
 from photon.aggregator.scores import Tally
 from photon.aggregator.state import GlobalState, RoundStore
 from photon.aggregator.trust import Trust
-from photon.aggregator.validate import codec_of, evaluation_report, training_report, verify_norm, verify_training
+from photon.aggregator.updates import UpdateReader
+from photon.aggregator.validate import evaluation_report, training_report, verify_norm, verify_training
 from photon.config import Recipe
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
 from photon.events import Evaluated, NodeRound, RoundDone
 from photon.fabric.base import Fabric, NodeInfo
 from photon.link.body import Body
-from photon.link.ledger import Ledger, Traffic
-from photon.link.tensors import decode_tensors, encode_tensors, iterate_tensors, sha256_hex
-from photon.link.update import Message, Task, TrainingReport, expect_reply
+from photon.link.ledger import Flow, Ledger, Traffic
+from photon.link.tensors import decode_tensors, streamed_chunks, tensor_chunks
+from photon.link.update import Task, TrainingReport, expect_reply
+from photon.stopwatch import Stopwatch
 from photon.track import Tracker
 
 
 @dataclass
 class _Merged:
-    """What a round's replies add up to."""
+    """What a round's replies add up to. The pseudo-gradient is made as it is read, once."""
 
-    pseudo_gradient: dict[str, Tensor] = field(default_factory=dict)
+    pseudo_gradient: Iterable[tuple[str, Tensor]] = ()
     reports: dict[str, TrainingReport] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
@@ -46,6 +49,7 @@ class _Merged:
     refused: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, tuple[float, int]] = field(default_factory=dict)  # as the norm history keeps them
     tally: Tally = field(default_factory=Tally)
+    merge_s: float = 0.0
 
 
 class Aggregator:
@@ -63,14 +67,19 @@ class Aggregator:
         state: GlobalState,
         operator: Path | None = None,
     ) -> None:
+        return_freed_memory()  # before the first tensor of many
         self.recipe, self.fabric, self.store, self.tracker = recipe, fabric, store, tracker
         self.progress = state.progress
-        self.outer = OuterOptimizer(decode_tensors(state.payload), recipe.federation)
+        self.outer = OuterOptimizer(Downlink.exact_weights(state.downlink, state.payload), recipe.federation)
         self.outer.import_state(state.outer)
+        self.downlink = Downlink(recipe.link, state.downlink, state.progress.holders)
+        self.downlink.restore(state.message, state.progress)
+        self.reader = UpdateReader.of(recipe.link)
         self.payload: Body = state.payload
         self.model_sha256 = state.model_sha256
         self.trust = Trust(state.progress.charges, recipe.federation.suspend_after, operator, tracker.note)
-        self.ledger = Ledger(total=Traffic(state.progress.bytes_down, state.progress.bytes_up))
+        self.ledger = Ledger(total=state.progress.link, counts_sent=fabric.carried() is not None)
+        self.ledger.skip(fabric.carried() or {})
         self._clock_zero = time.monotonic() - state.progress.seconds
         self._commit_s = 0.0
         self._absent: frozenset[str] = frozenset()  # trainers that the last round began without
@@ -101,28 +110,29 @@ class Aggregator:
         merged = self._gather(self._sample(present), present)
         if not merged.tally.is_empty:
             self.tracker.write(self._evaluated(merged.tally))
-        nodes_s = time.monotonic() - began - assembly_s
+        nodes_s = time.monotonic() - began - assembly_s - merged.merge_s
 
-        # 3. The outer optimizer descends along the merged pseudo-gradient.
+        # 3. The outer optimizer descends along the merged pseudo-gradient. What nodes can rebuild of the result, from
+        #    what the downlink sends them, is the next base.
         stepping = time.monotonic()
-        self.outer.step(merged.pseudo_gradient)
-        outer_norm = _distance(self.payload, self.outer.weights())
-        self.payload = encode_tensors(self.outer.weights())
-        self.model_sha256 = sha256_hex(self.payload)
+        stepped = self.outer.step(merged.pseudo_gradient)
+        self.payload, self.model_sha256 = self._next_base()
         tokens = sum(report.tokens for report in merged.reports.values())
         self.progress = self.progress.after_round((self.progress.round + 1) * self.recipe.federation.tau, tokens)
 
         # 4. Remember how nodes behaved and say what happened; `run` commits. (This round's commit is not over when its
         #    line is written.)
         self._remember(merged)
+        self._read_network()
         outer_s = time.monotonic() - stepping
         phases_s = {
             "assembly": assembly_s,
             "nodes": nodes_s,
+            "merge": merged.merge_s,
             "outer": outer_s,
             "commit of the round before": self._commit_s,
         }
-        self.tracker.write(self._round_event(merged, outer_norm, phases_s))
+        self.tracker.write(self._round_event(merged, stepped, phases_s))
 
     @property
     def _nodes_per_round(self) -> int:
@@ -148,18 +158,20 @@ class Aggregator:
         limits = {info.name: info.tokens_per_step for info in nodes}
         heldout_limits = {info.name: info.evaluation_tokens for info in present}
         uniform = self.recipe.federation.weighting == "uniform"
-        base = self.outer.weights()
+        base = self._base()
         bound = NormBound(self.progress.norms, base, self.progress.sequential_step, self.recipe.node.warmup_steps)
         merge = Merge(base, len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in limits))
         merged = _Merged()
         exchange = self._exchange(self._nodes_per_round)
-        exchange.send(tasks, self.payload)
-        for task, message in exchange.replies():
+        exchange.send({name: self._told(task) for name, task in tasks.items()})
+        watch = Stopwatch()
+        for task, message in watch.split(exchange.replies(), "nodes", "merge"):
             reply, node = expect_reply(message), task.node
             try:  # all of a reply is checked before any of it counts
                 scores = evaluation_report(reply, heldout_limits[node]) if task.evaluate else None
                 if task.tau > 0:
-                    norm = verify_training(message, task, limits[node], base)
+                    verified = verify_training(message, task, limits[node], base, self.reader)
+                    norm = verified.norm
                     verify_norm(norm, self.recipe.link.max_update_norm)
                     report = training_report(reply)
                     if self._bounds_norms:
@@ -167,16 +179,18 @@ class Aggregator:
             except (ReplyRefusedError, WireError) as error:
                 exchange.refuse(node, str(error))
                 continue
+            self.downlink.heard(node, task.base_sha256)
             if scores is not None:
                 merged.tally.add(node, scores)
             if task.tau == 0:
                 continue
-            merge.fold(_update(message, base), 1 if uniform else report.tokens)
+            self.ledger.add(node, Traffic(up=Flow(stages=verified.stage_bytes)))
+            merge.fold(self.reader.read(message, base), 1 if uniform else report.tokens)
             merged.reports[node], merged.norms[node] = report, norm
             merged.accepted[node] = bound.entry(norm, report.steps)
-            merged.samples[node] = sample_update(_update(message, base), _values(base))
+            merged.samples[node] = sample_update(self.reader.read(message, base), _values(base))
             del message, reply  # freed before the next one arrives, not after
-        merged.missing, merged.refused = exchange.missing, exchange.refused
+        merged.missing, merged.refused, merged.merge_s = exchange.missing, exchange.refused, watch.seconds["merge"]
         if not exchange.quorum_is_met:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(exchange.missing.items()))
             raise RoundFailedError(
@@ -186,6 +200,10 @@ class Aggregator:
             )
         merged.pseudo_gradient = merge.result()
         return merged
+
+    def _base(self) -> Mapping[str, Tensor]:
+        """What updates are taken from; of local weights, where that is not the exact model, what nodes hold."""
+        return decode_tensors(self.payload) if self.downlink.sends_other_weights else self.outer.weights()
 
     @property
     def _bounds_norms(self) -> bool:
@@ -222,7 +240,7 @@ class Aggregator:
         exchange = self._exchange()
         owners = [info for info in self.fabric.nodes() if info.evaluates and info.name not in self.trust.suspended]
         limits = {info.name: info.evaluation_tokens for info in owners}
-        exchange.send({name: self._task(name, 0, evaluate=True) for name in limits}, self.payload)
+        exchange.send({name: self._told(self._task(name, 0, evaluate=True)) for name in limits})
         tally = Tally()
         for task, message in exchange.replies():
             try:
@@ -233,12 +251,8 @@ class Aggregator:
         if exchange.missing:
             self.tracker.note(f"the final score lacks {', '.join(sorted(exchange.missing))}: {exchange.missing}")
         if not tally.is_empty:
-            self.progress = replace(
-                self.progress,
-                bytes_up=self.ledger.total.bytes_up,
-                bytes_down=self.ledger.total.bytes_down,
-                seconds=self._seconds(),
-            )
+            self._read_network()
+            self.progress = replace(self.progress, link=self.ledger.total, seconds=self._seconds())
             self.tracker.write(self._evaluated(tally))
 
     def _evaluated(self, tally: Tally) -> Evaluated:
@@ -249,8 +263,9 @@ class Aggregator:
             round=self.progress.round,
             sequential_step=self.progress.sequential_step,
             tokens=self.progress.tokens,
-            bytes_up=self.progress.bytes_up,
-            bytes_down=self.progress.bytes_down,
+            bytes_up=self.progress.link.up.encoded,
+            bytes_down=self.progress.link.down.encoded,
+            link=self.progress.link,
             pooled=tally.pooled(),
             silos=tally.silos(),
         )
@@ -260,8 +275,11 @@ class Aggregator:
         began = time.monotonic()
         self.progress = replace(
             self.progress,
-            bytes_up=self.ledger.total.bytes_up,
-            bytes_down=self.ledger.total.bytes_down,
+            link=self.ledger.total,
+            message_from=self.downlink.message_from,
+            message_as=self.downlink.written_as,
+            message_stages=dict(self.downlink.stage_bytes),
+            holders=dict(self.downlink.holders),
             seconds=self._seconds(),
             metrics_bytes=self.tracker.sync(),
             charges=dict(self.trust.charges),
@@ -269,12 +287,14 @@ class Aggregator:
         self.store.commit(self.state())
         # From here on the model as it travels is read from its file: one model less in memory while nodes work.
         self.payload = self.store.model_file(self.progress.round)
+        self.downlink.message = self.store.message_file(self.progress.round)
         self.trust.committed()
         self._commit_s = time.monotonic() - began
 
     def state(self) -> GlobalState:
         """The state as it would be committed now."""
-        return GlobalState(self.progress, self.payload, self.outer.export_state())
+        downlink = self.downlink.export_state(self.outer.weights())
+        return GlobalState(self.progress, self.payload, self.outer.export_state(), downlink, self.downlink.message)
 
     def _task(self, node: str, tau: int, evaluate: bool) -> Task:
         return Task(
@@ -292,12 +312,41 @@ class Aggregator:
     def _exchange(self, nodes: int | None = None) -> Exchange:
         federation = self.recipe.federation
         patience = Patience(federation.quorum, federation.grace_s, federation.deadline_s, nodes)
-        return Exchange(self.fabric, self.ledger, patience, self.tracker.progress)
+        return Exchange(self.fabric, self.ledger, patience, self.tracker.progress, self._told_whole, self._model_bytes)
+
+    @property
+    def _model_bytes(self) -> int:
+        """The global model as raw float32."""
+        return 4 * _values(self.outer.weights())
+
+    def _told(self, task: Task) -> tuple[Task, Told]:
+        """A task, and what tells its node the base."""
+        is_untrained = self.progress.round == 0
+        return _telling(task, self.downlink.tell(task.node, self.payload, self.model_sha256, is_untrained))
+
+    def _told_whole(self, task: Task) -> tuple[Task, Told]:
+        """The same task anew, for a node that lacks what it was to build on."""
+        told = self.downlink.tell_whole(self.payload, self.model_sha256)
+        return _telling(task.model_copy(update={"nonce": secrets.token_hex(8)}), told)
+
+    def _next_base(self) -> tuple[Body, str]:
+        """The base of the next round in a file, tensor by tensor, and its sha256."""
+        weights = self.outer.weights()
+        if self.downlink.is_exact:
+            return self.store.draft_model(tensor_chunks(weights))
+        seed = f"{self.recipe.seed}/down/{self.progress.round + 1}"
+        tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed)
+        return self.store.draft_model(streamed_chunks(weights, tensors))
+
+    def _read_network(self) -> None:
+        """Bring the ledger up to what the network has carried, if there is one."""
+        if (sent := self.fabric.carried()) is not None:
+            self.ledger.sent(sent)
 
     def _seconds(self) -> float:
         return time.monotonic() - self._clock_zero
 
-    def _round_event(self, merged: _Merged, outer_norm: float, phases_s: dict[str, float]) -> RoundDone:
+    def _round_event(self, merged: _Merged, stepped: Stepped, phases_s: dict[str, float]) -> RoundDone:
         reports = merged.reports
         tokens = sum(report.tokens for report in reports.values())
         return RoundDone(
@@ -308,14 +357,16 @@ class Aggregator:
             tokens=self.progress.tokens,
             round_tokens=tokens,
             tokens_per_second=tokens / max(sum(phases_s.values()), 1e-9),
-            bytes_up=self.ledger.total.bytes_up,
-            bytes_down=self.ledger.total.bytes_down,
-            round_bytes_up=self.ledger.round.bytes_up,
-            round_bytes_down=self.ledger.round.bytes_down,
+            bytes_up=self.ledger.total.up.encoded,
+            bytes_down=self.ledger.total.down.encoded,
+            round_bytes_up=self.ledger.round.up.encoded,
+            round_bytes_down=self.ledger.round.down.encoded,
+            link=self.ledger.total,
+            round_link=dict(sorted(self.ledger.nodes.items())),
             train_loss=sum(reports[name].loss_mean * reports[name].tokens for name in sorted(reports)) / tokens,
             learning_rate=max(report.learning_rate for report in reports.values()),
-            merged_norm=norm_of(merged.pseudo_gradient),
-            outer_norm=outer_norm,
+            merged_norm=stepped.gradient_norm,
+            outer_norm=stepped.moved_norm,
             nodes={
                 name: _node_round(reports[name], merged.norms[name], self.ledger.of(name), merged.tally.seconds(name))
                 for name in sorted(reports)
@@ -327,18 +378,10 @@ class Aggregator:
         )
 
 
-def _update(message: Message, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The update of a verified reply, decoded one tensor at a time."""
-    codec = codec_of(expect_reply(message))
-    for name, wire in iterate_tensors(message.body):
-        yield name, codec.decode(name, wire, base[name])
-
-
-def _distance(payload: Body, weights: Mapping[str, Tensor]) -> float:
-    """L2 norm of what the outer step changed, one tensor at a time; the old weights are still there as sent."""
-    return math.sqrt(
-        sum(float((old - weights[name]).double().square().sum()) for name, old in iterate_tensors(payload))
-    )
+def _telling(task: Task, told: Told) -> tuple[Task, Told]:
+    """The task with a header that says how its base is told."""
+    fields = ("form", "held_sha256", "codec", "body_sha256")
+    return task.model_copy(update={name: getattr(told, name) for name in fields}), told
 
 
 def _values(tensors: Mapping[str, Tensor]) -> int:
@@ -347,18 +390,10 @@ def _values(tensors: Mapping[str, Tensor]) -> int:
 
 def _node_round(report: TrainingReport, update_norm: float, traffic: Traffic, evaluation_seconds: float) -> NodeRound:
     return NodeRound(
-        tokens=report.tokens,
-        steps=report.steps,
-        loss_first=report.loss_first,
-        loss_last=report.loss_last,
-        loss_mean=report.loss_mean,
-        gradient_norm_mean=report.gradient_norm_mean,
-        clipped_steps=report.clipped_steps,
+        **report.model_dump(exclude={"learning_rate"}),
         update_norm=update_norm,
-        seconds=report.seconds,
         evaluation_seconds=evaluation_seconds,
         tokens_per_second=report.tokens / max(report.seconds, 1e-9),
-        epoch=report.epoch,
-        bytes_up=traffic.bytes_up,
-        bytes_down=traffic.bytes_down,
+        bytes_up=traffic.up.encoded,
+        bytes_down=traffic.down.encoded,
     )

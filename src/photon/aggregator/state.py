@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from photon.aggregator.norms import NormHistory
 from photon.aggregator.trust import Charge
-from photon.durable import NumberedStates, kept_numbers
+from photon.durable import Chunk, Draft, NumberedStates, kept_numbers
 from photon.errors import StateError
 from photon.link.body import Body, FileBody, pieces, whole_file
+from photon.link.ledger import Traffic
 from photon.link.tensors import decode_tensors, sha256_hex, tensor_chunks
 
 MODEL_FILE = "model.safetensors"
 OUTER_FILE = "outer.safetensors"
+DOWNLINK_FILE = "downlink.safetensors"
+MESSAGE_FILE = "message.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,16 @@ class Progress:
     round: int = 0
     sequential_step: int = 0
     tokens: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    link: Traffic = field(default_factory=Traffic)
     seconds: float = 0.0
     metrics_bytes: int = 0  # metrics.jsonl up to here belongs to committed rounds
     norms: NormHistory = ()
     charges: dict[str, Charge] = field(default_factory=dict)
     seconds_per_step: dict[str, float] = field(default_factory=dict)
+    message_from: str = ""  # sha256 of the base that the downlink's message is relative to
+    message_as: str = ""  # how it is written
+    message_stages: dict[str, int] = field(default_factory=dict)  # what each stage of its codec left
+    holders: dict[str, str] = field(default_factory=dict)  # by node, sha256 of the base that it is known to hold
 
     def after_round(self, sequential_step: int, tokens: int) -> Progress:
         """The next round's progress; bytes, seconds and metrics are filled in at the commit."""
@@ -47,11 +54,16 @@ _PROGRESS = TypeAdapter(Progress)
 
 @dataclass(frozen=True)
 class GlobalState:
-    """The global model as it travels (in memory, or in its committed file), and the outer optimizer's state."""
+    """The global model as nodes hold it (in memory, or in its file), and the outer optimizer's state.
+
+    Of a downlink that is not exact also its state (`Downlink.export_state`) and its last message.
+    """
 
     progress: Progress
     payload: Body
-    outer: dict[str, Tensor]
+    outer: Mapping[str, Tensor]
+    downlink: Mapping[str, Tensor] = field(default_factory=dict)
+    message: Body = b""
 
     @property
     def model_sha256(self) -> str:
@@ -65,6 +77,7 @@ class RoundStore:
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self._states = NumberedStates(folder)
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._draft: Draft | None = None
 
     def rounds(self) -> list[int]:
         """Committed rounds, ascending."""
@@ -72,13 +85,30 @@ class RoundStore:
 
     def commit(self, state: GlobalState) -> None:
         """Make `state` durable, then drop what the retention rule lets go."""
-        files = {MODEL_FILE: pieces(state.payload), OUTER_FILE: tensor_chunks(state.outer)}
-        self._states.commit(state.progress.round, files, asdict(state.progress))
+        draft, self._draft = self._draft, None
+        is_drafted = draft is not None and isinstance(state.payload, FileBody) and state.payload.path == draft.path
+        files: dict[str, Iterable[Chunk] | Draft] = {
+            MODEL_FILE: draft if draft is not None and is_drafted else pieces(state.payload),
+            OUTER_FILE: tensor_chunks(state.outer),
+            DOWNLINK_FILE: tensor_chunks(state.downlink),
+            MESSAGE_FILE: pieces(state.message),
+        }
+        fields = asdict(replace(state.progress, link=Traffic())) | {"link": state.progress.link.model_dump()}
+        self._states.commit(state.progress.round, files, fields)
         self._states.prune(kept_numbers(self._states.numbers(), self._keep_last, self._keep_every))
+
+    def draft_model(self, chunks: Iterable[Chunk]) -> tuple[FileBody, str]:
+        """Write the next global model, which nodes may need before it is committed: its file, and its sha256."""
+        self._draft = self._states.draft(chunks)
+        return whole_file(self._draft.path), self._draft.sha256
 
     def model_file(self, round_index: int) -> FileBody:
         """The global model of a committed round, in its file."""
         return whole_file(self._states.folder(round_index) / MODEL_FILE)
+
+    def message_file(self, round_index: int) -> FileBody:
+        """The downlink's message of a committed round, in its file; empty where there is none."""
+        return whole_file(self._states.folder(round_index) / MESSAGE_FILE)
 
     def load(self, run: str | None, round_index: int | None = None) -> GlobalState:
         """The newest state, or the one asked for. Raises StateError if it is damaged, foreign or absent.
@@ -94,7 +124,12 @@ class RoundStore:
             progress = _PROGRESS.validate_python(committed.fields)
             if run is not None and progress.run != run:
                 raise StateError(f"{committed.folder} belongs to run {progress.run}, not to {run}.")
-            return GlobalState(progress, committed.read(MODEL_FILE), decode_tensors(committed.read(OUTER_FILE)))
+            # The model stays in its file; of the outer state, tensor by tensor, there is one copy in memory.
+            outer = decode_tensors(whole_file(committed.folder / OUTER_FILE))
+            if DOWNLINK_FILE not in committed.sha256:  # a state from before there was one
+                return GlobalState(progress, self.model_file(wanted), outer)
+            downlink = decode_tensors(whole_file(committed.folder / DOWNLINK_FILE))
+            return GlobalState(progress, self.model_file(wanted), outer, downlink, self.message_file(wanted))
         except (StateError, ValidationError) as error:
             others = [number for number in rounds if number != wanted]
             advice = f"Other committed rounds: {others}; ask for one with --round N." if others else "No other is left."

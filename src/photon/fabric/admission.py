@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from aiohttp import web
 
@@ -19,6 +21,7 @@ from photon.link.store import BlobError, BlobRefusedError
 
 MAX_REQUESTS_AT_ONCE = 16  # of one identity
 MAX_REMARKS_A_MINUTE = 30  # on refusals of one identity, in the log
+SOMEBODY = "somebody"  # who has not said who it is
 _MINUTE_S = 60.0
 IDENTITY = web.RequestKey("identity", Identity)
 _OPERATORS_PATHS = ("/v1/run", "/v1/status")
@@ -34,57 +37,61 @@ class RequestRefusedError(PhotonError):
         super().__init__(reason)
         self.status, self.done = status, done
 
+    @property
+    def answer(self) -> dict[str, str | int]:
+        """What the other end is told, as JSON."""
+        return {"error": str(self)} | ({} if self.done is None else {"done": self.done})
+
 
 class Remarks:
     """How often the log tells of refusals: so many a minute for each name, that no name can fill the disk with them."""
 
     def __init__(self) -> None:
         self._of: dict[str, tuple[float, int]] = {}  # when its minute began, and its refusals since
+        self._lock = Lock()
 
     def may_tell(self, name: str, now: float) -> bool:
         """Whether to tell of a refusal at `now` (monotonic seconds). A later minute says how many were left out."""
-        began, count = self._of.get(name, (now, 0))
-        if now - began >= _MINUTE_S:
-            if count > MAX_REMARKS_A_MINUTE:
-                _LOG.warning("refused %s %d times more in that minute", name, count - MAX_REMARKS_A_MINUTE)
-            began, count = now, 0
-        self._of[name] = (began, count + 1)
-        return count < MAX_REMARKS_A_MINUTE
+        with self._lock:
+            began, count = self._of.get(name, (now, 0))
+            if now - began >= _MINUTE_S:
+                if count > MAX_REMARKS_A_MINUTE:
+                    _LOG.warning("refused %s %d times more in that minute", name, count - MAX_REMARKS_A_MINUTE)
+                began, count = now, 0
+            self._of[name] = (began, count + 1)
+            return count < MAX_REMARKS_A_MINUTE
 
 
 class Admission:
-    """Asks of every request whose it is, and whether that identity may make it. Runs in one event loop."""
+    """Asks of every request whose it is, and whether that identity may make it. From any thread."""
 
     def __init__(self, keys: Path, nodes: Collection[str]) -> None:
         self._nodes = nodes
         self._revocations = Revocations(keys)
         self._open: Counter[str] = Counter()
+        self._lock = Lock()
         self._remarks = Remarks()
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Admit, have it answered, and otherwise say in JSON and in the log why not."""
-        name = "somebody"
+        name = SOMEBODY
         try:
-            identity = _identity(request)
+            identity = identity_of(request.get_extra_info("peercert"))
             name = identity.name
-            self._admit(identity, request)
-            with self._one_of(name):
+            self.admit(identity, request.rel_url.raw_path, request.headers)
+            with self.one_of(name):
                 request[IDENTITY] = identity
                 return await handler(request)
         except Exception as error:  # noqa: BLE001  # whatever went wrong in one request must not end the others
-            refused = _refusal(error)
-        if self._remarks.may_tell(name, time.monotonic()):
-            _LOG.warning("refused %s at %s: %d %s", name, request.remote, refused.status, refused)
-        answer: dict[str, str | int] = {"error": str(refused)}
-        if refused.done is not None:
-            answer["done"] = refused.done
-        response = web.json_response(answer, status=refused.status)
+            refused = self.refusal(error, name, request.remote)
+        response = web.json_response(refused.answer, status=refused.status)
         if not request.content.is_eof():
             response.force_close()
         return response
 
-    def _admit(self, identity: Identity, request: web.Request) -> None:
+    def admit(self, identity: Identity, path: str, headers: Mapping[str, str]) -> None:
+        """Let a request of an identity pass. Raises RequestRefusedError."""
         try:
             revoked = self._revocations.is_revoked(identity.serial)
         except StateError as error:
@@ -94,20 +101,30 @@ class Admission:
             raise RequestRefusedError(403, f"the certificate of {identity.name} was revoked: have a new one made")
         if identity.role == "node" and identity.name not in self._nodes:
             raise RequestRefusedError(403, f"{identity.name} takes no part in this run")
-        if identity.role == "operator" and request.rel_url.raw_path not in _OPERATORS_PATHS:
+        if identity.role == "operator" and path not in _OPERATORS_PATHS:
             raise RequestRefusedError(403, f"an operator may ask for {' and '.join(_OPERATORS_PATHS)}")
-        if "Content-Encoding" in request.headers:
+        if "Content-Encoding" in headers:
             raise RequestRefusedError(415, "bodies are taken as they are, not compressed")
 
     @contextmanager
-    def _one_of(self, name: str) -> Iterator[None]:
-        if self._open[name] >= MAX_REQUESTS_AT_ONCE:
-            raise RequestRefusedError(429, f"{name} has {MAX_REQUESTS_AT_ONCE} requests open already")
-        self._open[name] += 1
+    def one_of(self, name: str) -> Iterator[None]:
+        """Count a request while the block runs. Raises RequestRefusedError if the identity has too many open."""
+        with self._lock:
+            if self._open[name] >= MAX_REQUESTS_AT_ONCE:
+                raise RequestRefusedError(429, f"{name} has {MAX_REQUESTS_AT_ONCE} requests open already")
+            self._open[name] += 1
         try:
             yield
         finally:
-            self._open[name] -= 1
+            with self._lock:
+                self._open[name] -= 1
+
+    def refusal(self, error: Exception, name: str, address: str | None) -> RequestRefusedError:
+        """What to answer to a request of `name` that ended in `error`; the log tells of it too."""
+        refused = _refusal(error)
+        if self._remarks.may_tell(name, time.monotonic()):
+            _LOG.warning("refused %s at %s: %d %s", name, address, refused.status, refused)
+        return refused
 
 
 def read_json(path: Path) -> object:
@@ -119,15 +136,16 @@ def read_json(path: Path) -> object:
         raise RequestRefusedError(503, "the run has not begun yet") from None
 
 
-def _identity(request: web.Request) -> Identity:
+def identity_of(certificate: Mapping[str, object] | None) -> Identity:
+    """Whose connection it is, asked at each request: it may expire. Raises RequestRefusedError."""
     try:
-        return peer_identity(request.get_extra_info("peercert"))
+        return peer_identity(certificate)
     except AuthenticationError as error:
         raise RequestRefusedError(401, str(error)) from None
 
 
 def _refusal(error: Exception) -> RequestRefusedError:
-    """What to answer to a request that ended in `error`; no words about files or code of ours leave this machine."""
+    """No words about files or code of ours leave this machine."""
     match error:
         case RequestRefusedError():
             return error
@@ -148,7 +166,7 @@ def _refusal(error: Exception) -> RequestRefusedError:
             return RequestRefusedError(error.status, error.reason)
         case TimeoutError():
             return RequestRefusedError(408, "too long a silence")
-        case ConnectionError() | web.RequestPayloadError():
+        case ConnectionError() | web.RequestPayloadError() | ssl.SSLError():
             return RequestRefusedError(400, "the body ended early")
         case OSError():
             _LOG.error("the disk: %s", error)

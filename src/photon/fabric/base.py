@@ -6,6 +6,7 @@ identity of a sender is the fabric's word (a pipe, a certificate), never the mes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +66,9 @@ class Fabric(Protocol):
 
     def abandon(self, node: str) -> None:
         """Stop waiting for the node's task; whatever it still sends for it is dropped."""
+
+    def carried(self) -> Mapping[str, tuple[int, int]] | None:
+        """Bytes that the network has carried, (down, up) per node since any moment; None where there is no network."""
 
     def close(self) -> None:
         """Stop everything the fabric started; safe to call twice."""

@@ -23,7 +23,7 @@ from photon.fabric.discretion import public_reason, say, without_secrets
 from photon.fabric.home import NodeHome, PreparedRun
 from photon.fabric.local import WORKER
 from photon.fabric.process import Ended, Signal, WorkerProcess
-from photon.link.body import FileBody, whole_file
+from photon.link.body import Body, FileBody, whole_file
 from photon.link.client import GatewayClient
 from photon.link.transfer import download, upload
 from photon.link.update import (
@@ -117,7 +117,7 @@ class Errands:
             if newest is not None and newest.task.nonce == task.nonce:
                 return
             job = _Job(task, head, base_bytes, time.monotonic())
-            if newest is not None and _is_same_work(newest.task, task) and self._standing.phase != "done":
+            if newest is not None and newest.task.is_same_work(task) and self._standing.phase != "done":
                 self._rename(job)
                 return
             self._next = job
@@ -217,17 +217,19 @@ class Errands:
             )
         return reply
 
-    def _base(self, job: _Job) -> FileBody:
-        """The base in a file, downloaded unless it is here; the bases of other rounds are removed."""
+    def _base(self, job: _Job) -> Body:
+        """What tells the base, in a file, downloaded unless it is here; those of other rounds are removed."""
+        if job.task.form == "held":
+            return b""
         self._show(job, phase="downloading")
         self._home.bases.mkdir(parents=True, exist_ok=True)
-        wanted = self._home.bases / job.task.base_sha256
+        wanted = self._home.bases / job.task.body_sha256
         for old in self._home.bases.iterdir():
             if not old.name.startswith(wanted.name):
                 old.unlink(missing_ok=True)
         download(
             self._client,
-            job.task.base_sha256,
+            job.task.body_sha256,
             wanted,
             streams=self._streams,
             deadline_s=job.task.deadline_s,
@@ -248,9 +250,9 @@ class Errands:
                 raise _DroppedError
 
     def _is_current(self, job: _Job) -> bool:
-        return self._current is not None and _is_same_work(self._current.task, job.task)
+        return self._current is not None and self._current.task.is_same_work(job.task)
 
-    def _train(self, job: _Job, base: FileBody, end: float) -> Sealed:
+    def _train(self, job: _Job, base: Body, end: float) -> Sealed:
         """The worker's reply. A worker that dies is started again and the task repeated from the state before."""
         self._show(job, phase="waiting", note="starting the trainer")
         deaths: list[str] = []
@@ -349,7 +351,7 @@ class Errands:
 
     def _finish(self, job: _Job, reply: Sealed) -> None:
         with self._changed:
-            if self._current is None or not _is_same_work(self._current.task, job.task):
+            if self._current is None or not self._current.task.is_same_work(job.task):
                 return
             header = expect_reply(decode_message(Sealed(reply.head, b"")))
             header = header.model_copy(update={"nonce": self._current.task.nonce})
@@ -390,10 +392,6 @@ class Errands:
 
 class TrainingDiedError(PhotonError):
     """The process that trains ended by itself."""
-
-
-def _is_same_work(a: Task, b: Task) -> bool:
-    return a.model_copy(update={"nonce": b.nonce, "deadline_s": b.deadline_s}) == b
 
 
 def _speed(reply: Reply) -> float:

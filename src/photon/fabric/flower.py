@@ -9,7 +9,7 @@ started and the next question says everything again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -23,8 +23,9 @@ from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
 from photon.fabric.fleet import NodeKeys
 from photon.fabric.flower_run import FlowerReply, FlowerRun
 from photon.fabric.flwr_internals import FlowerDownError
+from photon.link.body import Body
 from photon.link.store import BlobError, BlobStore
-from photon.link.update import Sealed, decode_message, expect_reply, expect_task
+from photon.link.update import Sealed, Task, decode_message, expect_reply, expect_task
 
 _STEP_S = 0.25  # how often open questions are looked after
 _LOOK_S = 1.5  # how often the SuperLink is asked who is online
@@ -64,11 +65,25 @@ class Peer:
         self.question, self.question_nonce, self.question_due = "", "", 0.0
 
 
+@dataclass(frozen=True)
+class BlobPlane:
+    """How model bytes travel beside Flower. `kept` are published blobs that tell no base.
+
+    An update may be as long as the exact model, `payload_bytes`, and what it holds beside its tensors. `sent` reads
+    what the network has carried so far: bytes (down, up) per node.
+    """
+
+    store: BlobStore
+    payload_bytes: int
+    kept: frozenset[str] = frozenset()
+    sent: Callable[[], Mapping[str, tuple[int, int]]] = dict
+
+
 class FlowerFabric:
     """Implements the fabric protocol over the SuperLink at `superlink` (host:port on loopback).
 
-    `infos` are the nodes of the recipe; whoever else is registered is never asked. `kept` are published blobs that are
-    no bases. One thread may use the public methods; a second one, started here, does the asking.
+    `infos` are the nodes of the recipe; whoever else is registered is never asked. One thread may use the public
+    methods; a second one, started here, does the asking.
     """
 
     def __init__(
@@ -77,12 +92,11 @@ class FlowerFabric:
         superlink: str,
         secret: bytes,
         infos: Collection[NodeInfo],
-        store: BlobStore,
-        kept: Collection[str] = (),
+        plane: BlobPlane,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._superlink, self._secret, self._note = run, superlink, secret, note
-        self._store, self._kept = store, set(kept)
+        self._plane, self._store, self._kept = plane, plane.store, plane.kept
         self._peers = {info.name: Peer(info) for info in infos}
         keys = NodeKeys(secret)
         self._names = {keys.public(name): name for name in self._peers}
@@ -91,7 +105,7 @@ class FlowerFabric:
         self._flower: FlowerRun | None = None
         self._last_beat = self._last_look = 0.0
         self._down_since: float | None = time.monotonic()
-        self._base = ""  # sha256 of the base that is published
+        self._base = ""  # sha256 of the base of the newest task; the bodies that are published tell it in all its forms
         self._tasked: set[str] = set()  # nodes that this process has given a task to
         self._fetchers = ThreadPoolExecutor(2, thread_name_prefix="photon-fetch")
         self._thread = Thread(target=self._work, name="photon-flower", daemon=True)
@@ -117,18 +131,23 @@ class FlowerFabric:
         if node in self._tasked:  # what was uploaded for the task before has been merged, or never will be
             self._store.discard(node)
         self._tasked.add(node)
-        if task.base_sha256 != self._base:
-            self._store.publish(task.base_sha256, message.body)
-            for other in self._store.published() - self._kept - {task.base_sha256}:
-                self._store.retract(other)
-            self._base = task.base_sha256
+        self._publish(task, message.body)
         until = time.time() + task.deadline_s + _TICKET_SLACK_S
-        self._store.allow(node, len(message.body) + _HEADER_BYTES, until)
+        self._store.allow(node, self._plane.payload_bytes + _HEADER_BYTES, until)
         with self._lock:
             peer = self._peers[node]
             peer.task, peer.nonce, peer.sent_at = Sealed(message.head, message.body), task.nonce, time.time()
             peer.fetching, peer.failed_fetches = None, 0
         self._wake.set()
+
+    def _publish(self, task: Task, body: Body) -> None:
+        """Make a task's body available; with the first task from a new base, those that told another one go."""
+        if len(body):
+            self._store.publish(task.body_sha256, body)
+        if task.base_sha256 != self._base:
+            self._base = task.base_sha256
+            for other in self._store.published() - self._kept - {task.body_sha256}:
+                self._store.retract(other)
 
     def receive(self, timeout_s: float) -> FabricEvent | None:
         """The next event, or None after `timeout_s`. Raises FabricError if the fabric is closed."""
@@ -147,6 +166,10 @@ class FlowerFabric:
                 peer.dropped, peer.task, peer.nonce = peer.nonce, None, ""
                 peer.forget_question()  # so that it is told at once
         self._wake.set()
+
+    def carried(self) -> Mapping[str, tuple[int, int]] | None:
+        """What the gateway has counted of every node."""
+        return self._plane.sent()
 
     def close(self) -> None:
         """End Flower's run and remove what was published and uploaded; nodes stay, for the next run."""

@@ -2,8 +2,8 @@
 
 TLS 1.3 with client certificates. Every request has an identity, that of its certificate, and may do what that identity
 may: ask for the run, download published blobs, upload what a ticket allows, and make the few calls of Flower that
-`forward` lets pass. Bytes of blobs go from socket to disk and back in pieces; none is ever in memory whole. Start it
-with `python -m photon.fabric.gateway --config FILE`.
+`forward` lets pass. Bytes of blobs go from socket to disk and back in pieces, in `photon.fabric.blobs`; none is ever in
+memory whole. Start it with `python -m photon.fabric.gateway --config FILE`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import argparse
 import asyncio
 import logging
 import os
-import re
 import signal
-import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +26,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from photon.config import Name
 from photon.errors import FabricError, PhotonError
 from photon.fabric.admission import IDENTITY, Admission, RequestRefusedError, read_json
+from photon.fabric.blobs import BlobServer
+from photon.fabric.door import Door
 from photon.fabric.fleet import CallRefusedError, FleetForwarder
 from photon.fabric.lifeline import end_with
 from photon.fabric.traffic import TrafficAccounts
+from photon.fabric.transport import Patience
 from photon.keys import Identity, server_context
 from photon.link.object_store import open_store
-from photon.link.partial import BeyondPartError, OffsetError, PartialFile
 from photon.link.store import BlobStore, FolderStore
 
 MAX_CALL_BYTES = 256 * 2**10
-SILENCE_S = 30.0  # longest wait for a header, or for the next bytes of a body in either direction
+SILENCE_S = 30.0  # longest wait for a header, or for the next bytes of a body
 FORWARD_S = 60.0
 HANDSHAKE_S = 10.0
-_PIECE_BYTES = 2**20
 _READ_BUFFER_BYTES = 2**18
 _LINGER_S = 2.0
 _DISK_THREADS = 16  # more than there are uploads that are verified at the same time
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 
 Forward = Callable[[Identity, str, bytes, Mapping[str, str]], Awaitable[tuple[int, str, bytes]]]
 
@@ -82,29 +79,13 @@ def visible_status(identity: Identity, status: Mapping[str, Any]) -> dict[str, A
     return {key: status[key] for key in ("run", "round") if key in status} | {"nodes": own}
 
 
-class _TellingTls(ssl.SSLObject):
-    """asyncio closes on a failed handshake without sending the alert that says why; this has it sent first."""
-
-    _failed: ssl.SSLError | None = None
-
-    def do_handshake(self) -> None:
-        if self._failed is not None:
-            raise self._failed
-        try:
-            super().do_handshake()
-        except ssl.SSLError as error:
-            if "CERTIFICATE" not in (error.reason or ""):
-                raise
-            self._failed = error
-            raise ssl.SSLWantReadError from error  # asyncio sends what is to be sent, and comes back
-
-
 class Gateway:
     """Answers requests; one object for one run. All methods run in one event loop, waits for the disk in threads."""
 
     def __init__(self, config: GatewayConfig, store: BlobStore, forward: Forward) -> None:
         self.config, self.store, self.forward = config, store, forward
         self.traffic = TrafficAccounts(config.workspace.parent / "traffic.json", config.nodes)
+        self.admission = Admission(config.keys, config.nodes)
 
     # The run
 
@@ -136,39 +117,9 @@ class Gateway:
             raise RequestRefusedError(404, "no such blob is published")
         return web.Response(text=location.model_dump_json(), content_type="application/json")
 
-    async def get_blob_data(self, request: web.Request) -> web.StreamResponse:
-        """Bytes of a published blob, whole or one range."""
-        store = self.store
-        body = store.published_file(request.match_info["sha"]) if isinstance(store, FolderStore) else None
-        if body is None:
-            raise RequestRefusedError(404, "no such blob is published")
-        begin, end = _requested_range(request.headers.get("Range"), body.size)
-        response = web.StreamResponse(status=206 if "Range" in request.headers else 200)
-        response.content_type, response.content_length = "application/octet-stream", end - begin
-        if response.status == 206:
-            response.headers["Content-Range"] = f"bytes {begin}-{end - 1}/{body.size}"
-        with body.path.open("rb", buffering=0) as file:
-            await response.prepare(request)
-            whole = False
-            with suppress(OSError):  # the other end is gone, or silent: there is nobody to tell
-                whole = await self._send(response, file.fileno(), (begin, end), request[IDENTITY].name)
-        if not whole and request.transport is not None:
-            request.transport.abort()
-        return response
-
-    async def _send(self, response: web.StreamResponse, file: int, span: tuple[int, int], node: str) -> bool:
-        """Send bytes of a file; False if it ends before. Raises TimeoutError, ConnectionError."""
-        position, end = span
-        async with asyncio.timeout(SILENCE_S) as limit:
-            while position < end:
-                piece = os.pread(file, min(_PIECE_BYTES, end - position), position)
-                if not piece:
-                    return False
-                await response.write(piece)
-                self.traffic.down(node, len(piece))
-                position += len(piece)
-                limit.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
-        return True
+    async def refer(self, request: web.Request) -> web.Response:
+        """Bytes of blobs, asked for on a connection that began with something else."""
+        raise RequestRefusedError(421, "ask for bytes of blobs on a connection of their own")
 
     async def post_upload(self, request: web.Request) -> web.Response:
         """Begin an upload, or ask how far it is."""
@@ -180,42 +131,25 @@ class Gateway:
         location = await asyncio.to_thread(self.store.begin_upload, node, sha256, wanted.bytes)
         return web.Response(text=location.model_dump_json(), content_type="application/json")
 
-    async def put_part(self, request: web.Request) -> web.Response:
-        """Take a piece of an upload in, from socket to disk."""
-        if not isinstance(self.store, FolderStore):
-            raise RequestRefusedError(404, "uploads of this run do not pass the gateway")
-        node, index = request[IDENTITY].name, int(request.match_info["part"])
-        partial = await asyncio.to_thread(self.store.incoming, node, request.match_info["sha"])
-        position = _checked_piece(request, partial, index)
-        low = partial.bounds[index][0]
-        async with asyncio.timeout(SILENCE_S) as limit:
-            while data := await request.content.readany():
-                limit.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
-                self.traffic.up(node, len(data))
-                partial.write(index, position, data)
-                position += len(data)
-        return web.json_response({"done": position - low})
-
     async def post_finish(self, request: web.Request) -> web.Response:
         """Verify an upload. It may be asked for again while the first answer is still being worked out."""
         await asyncio.to_thread(self.store.finish_upload, request[IDENTITY].name, request.match_info["sha"])
         return web.json_response({"finished": True})
 
 
-def create_app(config: GatewayConfig, store: BlobStore, forward: Forward) -> web.Application:
-    """The gateway as an aiohttp application; its accounts are kept while it runs. Served by `serving`."""
-    gateway = Gateway(config, store, forward)
-    app = web.Application(middlewares=[Admission(config.keys, config.nodes).guard], client_max_size=MAX_CALL_BYTES)
+def create_app(gateway: Gateway) -> web.Application:
+    """All of the gateway but bytes of blobs, as an aiohttp application; its accounts are kept while it runs."""
+    app = web.Application(middlewares=[gateway.admission.guard], client_max_size=MAX_CALL_BYTES)
     sha = "{sha:[0-9a-f]{64}}"
     app.add_routes(
         [
             web.get("/v1/run", gateway.get_run, allow_head=False),
             web.get("/v1/status", gateway.get_status, allow_head=False),
             web.get(f"/v1/blobs/{sha}", gateway.get_blob, allow_head=False),
-            web.get(f"/v1/blobs/{sha}/data", gateway.get_blob_data, allow_head=False),
+            web.get(f"/v1/blobs/{sha}/data", gateway.refer, allow_head=False),
             web.post(f"/v1/uploads/{sha}", gateway.post_upload),
             web.post(f"/v1/uploads/{sha}/finish", gateway.post_finish),
-            web.put(f"/v1/uploads/{sha}/{{part:[0-9]{{1,5}}}}", gateway.put_part),
+            web.put(f"/v1/uploads/{sha}/{{part:[0-9]{{1,5}}}}", gateway.refer),
             web.post("/v1/fleet/{call:[a-z0-9-]{1,64}}", gateway.post_call),
         ]
     )
@@ -234,9 +168,9 @@ def create_app(config: GatewayConfig, store: BlobStore, forward: Forward) -> web
 async def serving(config: GatewayConfig, store: BlobStore, forward: Forward) -> AsyncIterator[tuple[str, int]]:
     """Accept connections while the block runs; yields host and port. Raises InputError if the keys cannot be used."""
     context = server_context(config.keys)
-    context.sslobject_class = _TellingTls
+    gateway = Gateway(config, store, forward)
     runner = web.AppRunner(
-        create_app(config, store, forward),
+        create_app(gateway),
         access_log=None,
         keepalive_timeout=SILENCE_S,
         lingering_time=_LINGER_S,
@@ -248,15 +182,15 @@ async def serving(config: GatewayConfig, store: BlobStore, forward: Forward) -> 
     try:
         if runner.server is None:
             raise FabricError("the gateway's server was not made")
-        # Not a site of aiohttp's: those set no deadline for the handshake.
-        server = await asyncio.get_running_loop().create_server(
-            runner.server, config.host, config.port, ssl=context, ssl_handshake_timeout=HANDSHAKE_S, backlog=256
-        )
-        host, port = server.sockets[0].getsockname()[:2]
+        blobs = BlobServer(store, gateway.admission, gateway.traffic)
+        patience = Patience(HANDSHAKE_S, SILENCE_S, _LINGER_S)
+        door = Door(context, runner.server, blobs, gateway.traffic, patience)
         try:
-            yield host, port
+            async with door.open(config.host, config.port) as place:
+                yield place
         finally:
-            server.close()
+            await runner.server.shutdown(_LINGER_S)
+            await door.close()
     finally:
         await runner.cleanup()
         if isinstance(store, FolderStore):
@@ -312,40 +246,6 @@ async def _small_body(request: web.Request) -> bytes:
     """At most MAX_CALL_BYTES. Raises HTTPRequestEntityTooLarge, TimeoutError."""
     async with asyncio.timeout(SILENCE_S):
         return await request.read()
-
-
-def _requested_range(header: str | None, size: int) -> tuple[int, int]:
-    """(begin, end) of the one range that is asked for, all without a header. Raises RequestRefusedError."""
-    if header is None:
-        return 0, size
-    match = _RANGE.fullmatch(header)
-    if match is None:
-        raise RequestRefusedError(416, "expected one range, bytes=BEGIN-LAST")
-    begin, last = int(match[1]), int(match[2] or size - 1)
-    if not begin <= last or begin >= size:
-        raise RequestRefusedError(416, f"the blob has {size} bytes")
-    return begin, min(last + 1, size)
-
-
-def _checked_piece(request: web.Request, partial: PartialFile, index: int) -> int:
-    """Where the piece begins that a PUT brings. Raises RequestRefusedError, OffsetError, BeyondPartError."""
-    match = _CONTENT_RANGE.fullmatch(request.headers.get("Content-Range", ""))
-    if match is None:
-        raise RequestRefusedError(400, "expected Content-Range: bytes BEGIN-LAST/TOTAL")
-    begin, last, total = (int(number) for number in match.groups())
-    if request.content_length is None:
-        raise RequestRefusedError(411, "expected a Content-Length")
-    if last < begin or request.content_length != last + 1 - begin:
-        raise RequestRefusedError(400, "Content-Range and Content-Length do not agree")
-    if index >= len(partial.bounds) or total != partial.size:
-        raise RequestRefusedError(404, f"the upload has {partial.size} bytes in {len(partial.bounds)} parts")
-    low, high = partial.bounds[index]
-    done = partial.done()[index]
-    if begin < low or last >= high:
-        raise BeyondPartError(f"part {index} is of bytes {low} to {high}")
-    if begin != low + done:
-        raise OffsetError(f"part {index} goes on at byte {low + done}", done)
-    return begin
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from photon.durable import write_atomic
 from photon.errors import FabricError, InputError
 from photon.fabric.base import NodeInfo
 from photon.fabric.card import pack_tokenizer, run_card
-from photon.fabric.flower import FlowerFabric
+from photon.fabric.flower import BlobPlane, FlowerFabric
 from photon.fabric.flwr_internals import flower_environment, superlink_arguments
 from photon.fabric.gateway import GatewayConfig
 from photon.fabric.supervise import Child, free_port
+from photon.fabric.traffic import read_traffic
 from photon.link.object_store import open_store
 from photon.link.store import BlobStore
 from photon.link.tensors import sha256_hex
@@ -162,18 +163,20 @@ class Hub:
         tail = " | ".join(log.read_text(errors="replace").splitlines()[-3:]) if log.exists() else "it wrote nothing"
         raise FabricError(f"the gateway does not come up; {log} ends: {tail}")
 
-    def open_fabric(self, recipe: Recipe, note: Callable[[str], None]) -> FlowerFabric:
-        """The fabric of this run, over the SuperLink and the store of this hub."""
+    def open_fabric(self, recipe: Recipe, payload_bytes: int, note: Callable[[str], None]) -> FlowerFabric:
+        """The fabric of this run, over the SuperLink and the store of this hub, for a model of `payload_bytes`."""
         hub = self.read()
         return FlowerFabric(
             self.folder.identity().run,
             f"127.0.0.1:{hub.superlink_port}",
             self.secret.read_bytes(),
             remote_infos(recipe),
-            self.open_store(recipe),
-            kept=[hub.tokenizer_sha256],
-            note=note,
+            BlobPlane(self.open_store(recipe), payload_bytes, frozenset({hub.tokenizer_sha256}), self._sent),
+            note,
         )
+
+    def _sent(self) -> dict[str, tuple[int, int]]:
+        return {node: (traffic.sent_down, traffic.sent_up) for node, traffic in read_traffic(self.traffic).items()}
 
     def remove_leftovers(self) -> None:
         """After a finished run: what was in flight is of no use any more."""

@@ -132,6 +132,9 @@ class LocalFabric:
                 self._end(place, "it did not answer in time")
         self._dispatch()
 
+    def carried(self) -> None:
+        """Nothing: what passes between processes of one machine is its messages."""
+
     def close(self) -> None:
         """End every worker. What they were doing is lost, and was not committed."""
         self._closed = True

@@ -24,7 +24,8 @@ from photon.fabric.lifeline import end_with
 from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.update import Sealed, Serialised, decode_message, expect_task
-from photon.model.build import build_model
+from photon.model.build import build_model, named_weights
+from photon.node.base import Bases
 from photon.node.device import WorkerPlan, configure_process
 from photon.node.node import Node, Order, failure_reply
 from photon.node.trainer import Trainer
@@ -42,6 +43,7 @@ class Worker:
         self.recipe: Recipe = load_recipe(run.recipe)
         length = self.recipe.data.sequence_length
         model = build_model(self.recipe.model, self.identity.vocab_size, length, self.recipe.seed)
+        self.bases = Bases.of_run(self.run.bases, self.recipe.link, named_weights(model))
         self.trainer = Trainer(model, self.recipe.node, torch.device(plan.device), self.recipe.total_steps)
         self.nodes: dict[str, Node] = {}
         self.order: Order = "go"  # changed by signals, for the task at hand
@@ -55,7 +57,7 @@ class Worker:
         if name not in self.nodes:
             folder = self.run.node(name)
             site = open_site(SiteFile.model_validate_json((folder / SITE_FILE).read_bytes()), folder, self.recipe)
-            self.nodes[name] = Node(self.identity.run, site, self.trainer, self.recipe, lambda: self.order)
+            self.nodes[name] = Node(self.identity.run, site, self.trainer, self.recipe, self.bases, lambda: self.order)
         return self.nodes[name]
 
     def answer(self, data: Serialised, connection: Connection) -> tuple[bytes, Sealed]:

@@ -1,14 +1,15 @@
 """The node's end of a connection to the gateway, and what its failures mean.
 
-Blocking sockets and `http.client`: the node has threads, and this was measured to move more than twice the bytes per
-second of the asynchronous clients. A failure is either worth another try (`LinkDownError`) or it is not
-(`LinkRefusedError`); a failure of TLS says which end has to be mended.
+Blocking sockets, `http.client` and TLS in large pieces (`photon.link.tls`): the node has threads, and this was measured
+to move more than twice the bytes per second of the asynchronous clients. A failure is either worth another try
+(`LinkDownError`) or it is not (`LinkRefusedError`); a failure of TLS says which end has to be mended.
 """
 
 from __future__ import annotations
 
 import json
 import select
+import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +20,14 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from photon.errors import ConfigError, PhotonError
+from photon.link.tls import TlsSession, TlsStream
 
 MAX_ANSWER_BYTES = 16 * 2**20
 _MAX_REASON_CHARACTERS = 500
 _IDLE_S = 20.0  # shorter than the gateway keeps an idle connection
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _AGAIN = (408, 425, 429)
+_MISDIRECTED = 421
 # What the verification of the Aggregator's certificate on our side found (X509_V_ERR_*).
 _NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 9, 10, 62, 64
 
@@ -75,11 +78,19 @@ class GatewayClient:
 
     def call(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
         """Send one small request and return the answer's body. Raises LinkDownError, LinkRefusedError."""
-        connection = self._take()
+        status, data = self._ask(self._take(), method, path, body, headers or {})
+        if status == _MISDIRECTED:  # the connection carried calls before and this is about bytes, or the reverse
+            status, data = self._ask(self.connect(), method, path, body, headers or {})
+        check_status(status, data, f"{method} {path}", self.place)
+        return data
+
+    def _ask(
+        self, connection: HTTPConnection, method: str, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
         try:
             with explained(self.place):
                 try:
-                    connection.request(method, path, body, dict(headers or {}))
+                    connection.request(method, path, body, dict(headers))
                 except (BrokenPipeError, ConnectionResetError):
                     if connection.sock is None:
                         raise
@@ -89,12 +100,13 @@ class GatewayClient:
             connection.close()
             raise
         self._give(connection)
-        check_status(response.status, data, f"{method} {path}", self.place)
-        return data
+        return response.status, data
 
     def connect(self) -> HTTPConnection:
         """A connection to the gateway for the caller alone, who closes it. It opens with its first request."""
-        return _connection(self._split, self.context, self.timeout_s)
+        if self.context is None:
+            return _connection(self._split, None, self.timeout_s)
+        return _GatewayConnection(str(self._split.hostname), self._split.port, self.context, self.timeout_s)
 
     def close(self) -> None:
         """Close the connections that are kept."""
@@ -117,6 +129,28 @@ class GatewayClient:
         if connection.sock is not None:  # None: the gateway closed with its answer
             with self._lock:
                 self._idle.append((connection, time.monotonic()))
+
+
+class _GatewayConnection(HTTPConnection):
+    """An HTTPS connection in the node's name."""
+
+    default_port = HTTPSConnection.default_port
+
+    def __init__(self, host: str, port: int | None, context: ssl.SSLContext, timeout_s: float) -> None:
+        super().__init__(host, port, timeout=timeout_s)
+        self._context = context
+
+    def connect(self) -> None:
+        """Connect and do the handshake. Raises OSError."""
+        plain = socket.create_connection((self.host, self.port), self.timeout)
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = TlsStream(plain, TlsSession(self._context, self.host))
+            stream.handshake()
+        except BaseException:
+            plain.close()
+            raise
+        self.sock = stream  # it has of a socket what http.client uses
 
 
 def outside_connection(url: str, timeout_s: float) -> tuple[HTTPConnection, str]:

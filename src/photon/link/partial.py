@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Condition, Lock, Thread
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -99,7 +99,9 @@ class PartialFile:
         self._partial, self._sidecar = partial_names(target)
         self._done = [0] * len(self.bounds)
         self._unsaved_bytes = 0
-        self._lock = Lock()  # of the fields; held for one write at most
+        self._lock = Lock()  # of the fields
+        self._writing: set[int] = set()  # parts that a thread is writing; their bytes are not counted yet
+        self._written = Condition(self._lock)
         self._ending = Lock()  # of finish, close and discard; held as long as the rest takes to hash
         self._closed = self._finished = False
         self._digest, self._hashed, self._unsynced_bytes = hashlib.sha256(), 0, 0
@@ -133,6 +135,8 @@ class PartialFile:
         `data` is of single bytes. Raises OffsetError, BeyondPartError, PartialError once the file is closed, OSError.
         """
         with self._lock:
+            while part in self._writing:
+                self._written.wait()
             self._check_open()
             low, high = self.bounds[part]
             if begin != low + self._done[part]:
@@ -141,16 +145,26 @@ class PartialFile:
                 )
             if begin + len(data) > high:
                 raise BeyondPartError(f"part {part} ends at byte {high}, {len(data)} bytes from {begin} reach beyond")
-            written = 0
+            self._writing.add(part)
+        written = 0
+        try:
             while written < len(data):
                 written += os.pwrite(self._file, memoryview(data)[written:], begin + written)
-            self._done[part] += written
-            self._unsaved_bytes += written
-            if self._unsaved_bytes >= SAVE_EVERY_BYTES:
-                self._save()
-            if written and self._hasher is None and self._filled() - self._hashed >= _HASH_BURST_BYTES:
-                self._hasher = Thread(target=self._hash_ahead, name="photon-hash", daemon=True)
-                self._hasher.start()
+        finally:
+            with self._lock:
+                self._writing.discard(part)
+                self._written.notify_all()
+                self._note(part, written)
+
+    def _note(self, part: int, written: int) -> None:
+        """Take into account what was written."""
+        self._done[part] += written
+        self._unsaved_bytes += written
+        if self._unsaved_bytes >= SAVE_EVERY_BYTES:
+            self._save()
+        if written and self._hasher is None and self._filled() - self._hashed >= _HASH_BURST_BYTES:
+            self._hasher = Thread(target=self._hash_ahead, name="photon-hash", daemon=True)
+            self._hasher.start()
 
     def finish(self) -> None:
         """Check the sha256, sync, and give the file its name; doing it again changes nothing.
@@ -275,6 +289,8 @@ class PartialFile:
             if self._closed:
                 return
             self._closed = True
+            while self._writing:
+                self._written.wait()  # bounded: by one write of each part
         self._join_hasher()
         try:
             if save and self._unsaved_bytes and os.fstat(self._file).st_nlink:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -59,21 +59,51 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 def tensor_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The same bytes in pieces, the tensors' own memory among them: nothing is copied, nothing may change meanwhile."""
-    # The library's order: widest dtype first, so that every tensor is aligned; then by name.
-    order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    yield tensors_header(shapes, dtypes)
+    for name in writing_order(dtypes):
+        yield from _memory(tensors[name])
+
+
+def streamed_chunks(like: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
+    """The same bytes of tensors that come one at a time, in writing order, with the names, shapes and dtypes of `like`.
+
+    A tensor is let go before the next one is asked for. Raises WireError at the first that is not the expected one.
+    """
+    yield tensors_header({n: tuple(t.shape) for n, t in like.items()}, {n: t.dtype for n, t in like.items()})
+    expected = iter(writing_order({name: tensor.dtype for name, tensor in like.items()}))
+    for name, tensor in tensors:
+        if name != next(expected, None) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+            raise WireError(f"tensor {name!r} is not the one that the model has in this place")
+        yield from _memory(tensor)
+        del tensor
+    if (missing := next(expected, None)) is not None:
+        raise WireError(f"tensor {missing!r} is missing")
+
+
+def _memory(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes as they lie, if it has any."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.numel():
+        yield flat.view(torch.uint8).numpy().data
+
+
+def writing_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """The library's order: widest dtype first, so that every tensor is aligned; then by name."""
+    return sorted(dtypes, key=lambda name: (-_RANKS[dtypes[name]], name))
+
+
+def tensors_header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> bytes:
+    """What stands before the data of tensors of these shapes and dtypes, its own length included."""
     header: dict[str, object] = {}
     end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name in writing_order(dtypes):
+        begin, end = end, end + prod(shapes[name]) * dtypes[name].itemsize
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _HEADER_LENGTH_BYTES)
-    yield len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy().data
+    return len(text).to_bytes(_HEADER_LENGTH_BYTES, "little") + text
 
 
 def read_specs(data: Body, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[int, list[TensorSpec]]:
@@ -111,14 +141,19 @@ def read_specs(data: Body, max_header_bytes: int = MAX_HEADER_BYTES) -> tuple[in
     return start, specs
 
 
-def iterate_tensors(data: Body, max_header_bytes: int = MAX_HEADER_BYTES) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(
+    data: Body,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    check: Callable[[TensorSpec], None] = lambda spec: None,
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, CPU tensor) in the order of the bytes; a tensor is a read-only view where alignment allows.
 
     Of a body in a file one tensor is in memory at a time. Callers must not write into the tensors. Raises WireError on
-    a malformed buffer, before the first yield.
+    a malformed buffer, before the first yield. `check` is shown every tensor's spec before its bytes are read.
     """
     start, specs = read_specs(data, max_header_bytes)
     for spec in specs:
+        check(spec)
         yield spec.name, _view(read_body(data, start + spec.begin, start + spec.end), spec)
 
 

@@ -18,8 +18,9 @@ from photon.errors import WireError
 from photon.link.body import Body, FileBody
 
 MAGIC = b"PHTN"
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 2**20
+MAX_CODEC_CHARACTERS = 1024
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _PREFIX_BYTES = len(MAGIC) + 1 + 4
 _ALIGNMENT_BYTES = 64
@@ -40,13 +41,27 @@ class _Header(BaseModel):
 
 
 class Task(_Header):
-    """Down: score the base in the body on held-out text if asked, then train `tau` local steps from it."""
+    """Down: score the base on held-out text if asked, then train `tau` local steps from it.
+
+    The base is the model whose safetensors bytes have the hash `base_sha256`. The body holds all of it (`whole`), or
+    what it differs by from the one with the hash `held_sha256` (`difference`), or nothing, since the node has it
+    (`held`); `codec` says how the body's tensors are written.
+    """
 
     kind: Literal["task"] = "task"
+    form: Literal["whole", "difference", "held"] = "whole"
+    held_sha256: Hash = Field(EMPTY_SHA256, description="Of a difference: the base that it is added to.")
+    codec: str = Field("exact", max_length=MAX_CODEC_CHARACTERS)
+    body_sha256: Hash = EMPTY_SHA256
     evaluate: bool = Field(description="Score the base before training; the body need not be sent a second time.")
     sequential_step: Natural = Field(description="t * tau: where the learning-rate schedule stands.")
     tau: Natural = Field(description="Local steps; 0 = only evaluate.")
     deadline_s: Number = Field(gt=0, description="A node hands in what it has after so many seconds.")
+
+    def is_same_work(self, other: Task) -> bool:
+        """Whether doing one is doing the other: they may differ in nonce, patience, and how the base is told."""
+        told = ("nonce", "deadline_s", "form", "held_sha256", "codec", "body_sha256")
+        return self.model_copy(update={name: getattr(other, name) for name in told}) == other
 
 
 class TrainingReport(BaseModel):
@@ -64,6 +79,9 @@ class TrainingReport(BaseModel):
     learning_rate: Number
     seconds: Number
     epoch: Number
+    receive_s: Number = Field(0.0, description="To decode and load what it was sent, and its own state.")
+    encode_s: Number = Field(0.0, description="To make the update what it is on the wire.")
+    save_s: Number = Field(0.0, description="To write update and state to its disk.")
 
 
 class EvaluationReport(BaseModel):
@@ -79,12 +97,15 @@ class EvaluationReport(BaseModel):
 
 
 class Reply(_Header):
-    """Up: the pseudo-gradient `base - local` in the body and a report, or the reason why there is none."""
+    """Up: the pseudo-gradient `base - local` in the body and a report, or the reason why there is none.
+
+    With the status `lacks` the node asks for the whole base: it does not have the one that the task builds on.
+    """
 
     kind: Literal["reply"] = "reply"
-    status: Literal["ok", "failed"]
+    status: Literal["ok", "failed", "lacks"]
     error: str = Field("", max_length=2000)
-    codec: str = Field("exact", max_length=64)
+    codec: str = Field("exact", max_length=MAX_CODEC_CHARACTERS)
     body_sha256: Hash = Field(EMPTY_SHA256, description="Of the body: one flipped bit is noticed.")
     training: TrainingReport | None = None
     evaluation: EvaluationReport | None = None

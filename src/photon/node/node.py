@@ -6,7 +6,7 @@ Between tasks everything it knows is on its disk.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,8 +20,9 @@ from photon.data.stream import Stream
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
 from photon.link.body import Body
-from photon.link.codecs import CODECS
-from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex, tensor_chunks
+from photon.link.codec.feedback import Sent, encode_update
+from photon.link.codec.notation import parse_pipeline
+from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
 from photon.link.update import (
     EMPTY_SHA256,
     EvaluationReport,
@@ -35,10 +36,12 @@ from photon.link.update import (
     seal,
 )
 from photon.model.build import load_weights, named_weights
+from photon.node.base import Bases, LacksBaseError
 from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
+from photon.stopwatch import Stopwatch
 
 Order = Literal["go", "hand in", "drop"]
 
@@ -114,35 +117,41 @@ class Node:
         site: Site,
         trainer: Trainer,
         recipe: Recipe,
+        bases: Bases,
         order: Callable[[], Order] = lambda: "go",
     ) -> None:
-        self.run, self.site, self.trainer, self.order = run, site, trainer, order
+        self.run, self.site, self.trainer, self.bases, self.order = run, site, trainer, bases, order
         self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
+        self.seed = recipe.seed  # not the run: the same recipe gives the same model each time
+        self.codec = parse_pipeline(self.link.up, "link.up", self.link.exact_tensors)
 
     def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
         """Answer a serialised task. Raises WireError if it is not one for this node and run."""
-        received = time.monotonic()
+        received, watch = time.monotonic(), Stopwatch()
         message = decode_message(data)
         task = expect_task(message)
         if task.node != self.site.name or task.run != self.run:
             raise WireError(
                 f"task for node {task.node!r} of run {task.run!r} reached {self.site.name!r} of {self.run!r}"
             )
-        if sha256_hex(message.body) != task.base_sha256:
-            raise WireError(f"round {task.round}: the base received is not the one the task names (sha256 differs)")
-        stored = self.site.replies.find(task, self.link.up) if self.site.replies and task.tau else None
+        try:
+            base = self.bases.receive(task, message.body)
+        except LacksBaseError as error:
+            return _answer(task, "lacks", str(error))
+        stored = self.site.replies.find(task, self.codec.name) if self.site.replies and task.tau else None
         if stored is not None and self._led_to(task.round, stored.position_after):
             print(f"round {task.round}: was trained before; its update is handed in again", flush=True)
             return self._reply(task, _Outcome(stored.training, stored.body, stored.body_sha256), stored.evaluation)
-        base = decode_tensors(message.body)
         load_weights(self.trainer.model, base)
+        watch.end("receive")
         evaluation = None
         if task.evaluate:
             on_progress(NodeProgress(node=task.node, round=task.round, state="evaluating"))
             evaluation = score(self.trainer, self.site.heldout, self.evaluation_batch_size)
+            watch.end("evaluate")
         if task.tau == 0:
             return self._reply(task, None, evaluation)
-        outcome = self._train(task, base, evaluation, received + task.deadline_s, on_progress)
+        outcome = self._train(task, base, evaluation, received + task.deadline_s, on_progress, watch)
         return self._reply(task, outcome, evaluation)
 
     def _led_to(self, round_index: int, position: int) -> bool:
@@ -156,6 +165,7 @@ class Node:
         evaluation: EvaluationReport | None,
         deadline: float,
         on_progress: Callable[[NodeProgress], None],
+        watch: Stopwatch,
     ) -> _Outcome:
         """tau local steps from the base on this node's own stream; commit own state; give the update."""
         # The Aggregator may have gone back to an earlier round: states of a later one belong to what was undone.
@@ -164,6 +174,7 @@ class Node:
         keep = self.config.optimizer_state == "keep"
         import_state(self.trainer.optimizer, self.trainer.model, state.optimizer if keep else {})
         state = replace(state, optimizer={})  # as read from disk it is a second copy, not to be kept while training
+        watch.end("receive")
 
         def on_step(step: int, loss: float) -> bool:
             on_progress(
@@ -177,8 +188,12 @@ class Node:
         local = self.trainer.train(
             self.site.stream, state.position, self.site.batch_size, task.tau, task.sequential_step, on_step
         )
+        watch.end("train")
+        sent = self._encode(base, state.link, task.round)
+        watch.end("encode")
         after = replace(
             state,
+            link=sent.state,
             position=state.position + local.steps * self.site.batch_size,
             tokens=state.tokens + local.tokens,
             steps=state.steps + local.steps,
@@ -195,13 +210,15 @@ class Node:
             learning_rate=local.learning_rate_last,
             seconds=local.seconds,
             epoch=self.site.stream.epoch(after.position),
+            receive_s=watch.seconds["receive"],
+            encode_s=watch.seconds["encode"],
         )
-        outcome = self._outcome(task, report, evaluation, after.position, self._update(base))
+        outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
         self.site.store.commit(after, task.round + 1)
         on_progress(NodeProgress(node=task.node, round=task.round, state="sending", step=local.steps, steps=task.tau))
-        return outcome
+        return replace(outcome, training=report.model_copy(update={"save_s": watch.end("save")}))
 
     def _outcome(
         self,
@@ -214,22 +231,19 @@ class Node:
         if self.site.replies is None:
             body = encode_tensors(update)
             return _Outcome(report, body, sha256_hex(body))
-        stored = self.site.replies.commit(task, report, evaluation, self.link.up, position, tensor_chunks(update))
+        stored = self.site.replies.commit(task, report, evaluation, self.codec.name, position, tensor_chunks(update))
         return _Outcome(report, stored.body, stored.body_sha256)
 
     @torch.no_grad()
-    def _update(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The pseudo-gradient `base - local`, clipped and encoded, computed in the place of the model's weights."""
-        update = {}
-        for name, local in named_weights(self.trainer.model).items():
-            update[name] = torch.sub(base[name].to(local.device), local, out=local)
-        if self.link.max_update_norm is not None:
-            norm = float(torch.stack([delta.double().square().sum() for delta in update.values()]).sum().sqrt())
-            if norm > self.link.max_update_norm:
-                for delta in update.values():
-                    delta.mul_(self.link.max_update_norm / norm)
-        codec = CODECS[self.link.up]
-        return {name: codec.encode(delta).cpu() for name, delta in update.items()}
+    def _encode(self, base: dict[str, Tensor], state: Mapping[str, Tensor], round_index: int) -> Sent:
+        """The pseudo-gradient `base - local`, computed in the place of the model's weights, clipped and encoded."""
+        update = named_weights(self.trainer.model)
+        if self.link.of == "difference":
+            for name, local in update.items():
+                torch.sub(base[name].to(local.device), local, out=local)
+        seed = f"{self.seed}/{self.site.name}/{round_index}"
+        limit = self.link.max_update_norm if self.link.of == "difference" else None
+        return encode_update(self.codec, update, state, self.link.up_feedback, seed, limit)
 
     def _reply(self, task: Task, outcome: _Outcome | None, evaluation: EvaluationReport | None) -> Sealed:
         body: Body = outcome.body if outcome else b""
@@ -240,7 +254,7 @@ class Node:
             nonce=task.nonce,
             base_sha256=task.base_sha256,
             status="ok",
-            codec=self.link.up,
+            codec=self.codec.name,
             body_sha256=outcome.body_sha256 if outcome else EMPTY_SHA256,
             training=outcome.training if outcome else None,
             evaluation=evaluation,
@@ -250,15 +264,18 @@ class Node:
 
 def failure_reply(data: Serialised, node: str, error: str) -> Sealed:
     """The answer of a node that cannot do a task; `data` is the task. Raises WireError if even that is unreadable."""
-    task = expect_task(decode_message(data))
+    return _answer(expect_task(decode_message(data)).model_copy(update={"node": node}), "failed", error)
+
+
+def _answer(task: Task, status: Literal["failed", "lacks"], error: str) -> Sealed:
     return seal(
         Reply(
             run=task.run,
             round=task.round,
-            node=node,
+            node=task.node,
             nonce=task.nonce,
             base_sha256=task.base_sha256,
-            status="failed",
+            status=status,
             error=error[:2000],
         )
     )

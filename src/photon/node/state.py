@@ -1,4 +1,4 @@
-"""What an LLM Node keeps between rounds: its optimizer and its place in its own text. It never leaves the owner.
+"""What an LLM Node keeps between rounds: optimizer, place in its own text, what its codec left out. It stays there.
 
 A state is filed under the round it is ready for. The Aggregator may repeat a round after a crash, so a node never
 throws away the state before the newest one until a later round proves that it is no longer needed.
@@ -17,11 +17,12 @@ from photon.errors import StateError
 from photon.link.tensors import decode_tensors, tensor_chunks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+LINK_FILE = "link.safetensors"
 
 
 @dataclass(frozen=True)
 class NodeState:
-    """Position in the Data Source (sequences consumed), totals, and optimizer tensors (empty = fresh)."""
+    """Position in the Data Source (sequences consumed), totals, optimizer tensors (empty = fresh), codec state."""
 
     run: str
     node: str
@@ -29,6 +30,7 @@ class NodeState:
     tokens: int = 0
     steps: int = 0
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    link: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class NodeStore:
@@ -60,7 +62,10 @@ class NodeStore:
                 f"{committed.folder} belongs to node {fields.get('node')!r} of run {fields.get('run')!r}, "
                 f"not to {node!r} of {run!r}"
             )
-        return NodeState(**fields, optimizer=decode_tensors(committed.read(OPTIMIZER_FILE)))
+        optimizer = decode_tensors(committed.read(OPTIMIZER_FILE))
+        # A state from before codecs kept anything has no such file.
+        link = decode_tensors(committed.read(LINK_FILE)) if LINK_FILE in committed.sha256 else {}
+        return NodeState(**fields, optimizer=optimizer, link=link)
 
     def commit(self, state: NodeState, ready_for: int) -> None:
         """File `state` as ready for round `ready_for`, durably; keep every state that a kept round may need."""
@@ -71,7 +76,8 @@ class NodeStore:
             "tokens": state.tokens,
             "steps": state.steps,
         }
-        self._states.commit(ready_for, {OPTIMIZER_FILE: tensor_chunks(state.optimizer)}, fields)
+        files = {OPTIMIZER_FILE: tensor_chunks(state.optimizer), LINK_FILE: tensor_chunks(state.link)}
+        self._states.commit(ready_for, files, fields)
         # The Aggregator keeps rounds up to ready_for - 1 (ready_for itself is not committed there yet). Each of them
         # needs the newest state filed at or before it.
         numbers = self._states.numbers()

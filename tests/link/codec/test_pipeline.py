@@ -44,7 +44,7 @@ def tensor_of(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> Tensor:
 
 
 def sent(codec: Pipeline, tensor: Tensor, seed: int = 1) -> Tensor:
-    return codec.encode(tensor, seed, codec.survey(lambda: iter([tensor])), {}).wire
+    return codec.encode(tensor, seed, codec.survey(lambda: iter([("t", tensor)])), {}).wire
 
 
 @settings(deadline=None, max_examples=150)
@@ -160,7 +160,7 @@ def test_views_that_are_not_contiguous_are_encoded_by_value() -> None:
 def test_the_size_of_a_body_is_foretold_to_the_byte(chain: list[str]) -> None:
     codec = parse_pipeline(chain)
     tensors = {f"layer.{index}": tensor_of(shape, index) for index, shape in enumerate(SHAPES)}
-    survey = codec.survey(lambda: iter(tensors.values()))
+    survey = codec.survey(lambda: iter(tensors.items()))
     wire = {name: codec.encode(tensor, 1, survey, {}).wire for name, tensor in tensors.items()}
     size = codec.body_size(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}, dict.fromkeys(tensors, torch.float32)
@@ -180,3 +180,26 @@ def test_stages_stand_in_one_order() -> None:
             parse_pipeline(chain)
     assert pipeline([]) == EXACT and EXACT.name == "exact" and EXACT.is_lossless
     assert parse_pipeline(["topk(density=0.1)", "int8"]).name == "topk(density=0.1) | int8"
+
+
+@pytest.mark.parametrize("chain", [["int4"], ["topk(density=0.1, chunk=64)", "int2", "zstd"], ["zstd"]], ids=" ".join)
+def test_tensors_named_exact_lose_nothing_and_sizes_know_it(chain: list[str]) -> None:
+    codec = parse_pipeline(chain, exact_tensors=["embed_*", "norm.weight"])
+    tensors = {
+        name: tensor_of((40, 8), index) for index, name in enumerate(("embed_in", "norm.weight", "norm.weights"))
+    }
+    survey = codec.survey(lambda: iter(tensors.items()))
+    wire = {name: codec.of(name).encode(tensor, 1, survey, {}).wire for name, tensor in tensors.items()}
+    back = {name: codec.of(name).decode(wire[name], (40, 8), torch.float32).tensor for name in tensors}
+    assert torch.equal(back["embed_in"], tensors["embed_in"])
+    assert torch.equal(back["norm.weight"], tensors["norm.weight"])
+    assert torch.equal(back["norm.weights"], tensors["norm.weights"]) == codec.is_lossless
+    size = codec.body_size(dict.fromkeys(tensors, (40, 8)), dict.fromkeys(tensors, torch.float32))
+    body = encode_tensors(wire)
+    assert len(body) == size.body_bytes if size.is_exact else len(body) <= size.body_bytes
+
+
+def test_a_survey_leaves_exact_tensors_out() -> None:
+    codec = parse_pipeline(["topk(scope=global, density=0.1)"], exact_tensors=["huge"])
+    small = [("small", torch.linspace(0.1, 1.0, 100))]
+    assert codec.survey(lambda: small) == codec.survey(lambda: [*small, ("huge", torch.full((500,), 1e6))])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,6 @@ from photon.link.codec.pipeline import Pipeline, pipeline
 from photon.link.codec.sign import Sign
 from photon.link.codec.svd import Svd
 from photon.link.codec.topk import TopK
-from photon.options import hint
 
 STAGES: Mapping[str, type] = MappingProxyType(
     {
@@ -41,11 +41,11 @@ _ARGUMENT = re.compile(r"\s*([A-Za-z]\w*)\s*=\s*([^=,]+?)\s*")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
-def parse_pipeline(stages: Sequence[str], place: str = "link") -> Pipeline:
-    """The codec that a list of stages describes. Raises ConfigError, beginning with `place`."""
+def parse_pipeline(stages: Sequence[str], place: str = "link", exact_tensors: Iterable[str] = ()) -> Pipeline:
+    """The codec that a list of stages describes (see `Pipeline`). Raises ConfigError, beginning with `place`."""
     try:
         built = [parse_stage(text) for text in stages]
-        return pipeline((stage_text(stage), stage) for stage in built)
+        return pipeline(((stage_text(stage), stage) for stage in built), exact_tensors)
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from None
 
@@ -57,7 +57,7 @@ def parse_stage(text: str) -> Stage:
         raise ValueError(f"`{text}` is no stage; one is written like topk(density=0.02, chunk=4096)")
     kind = STAGES.get(call[1])
     if kind is None:
-        raise ValueError(f"there is no stage `{call[1]}`; {hint(call[1], STAGES)}")
+        raise ValueError(f"there is no stage `{call[1]}`; {_hint(call[1], STAGES)}")
     types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     arguments: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def parse_stage(text: str) -> Stage:
             raise ValueError(f"{call[1]}: `{part.strip()}` is no parameter; one is written name=value")
         name, word = argument[1], argument[2]
         if name not in names:
-            raise ValueError(f"{call[1]} has no parameter `{name}`; {hint(name, names)}")
+            raise ValueError(f"{call[1]} has no parameter `{name}`; {_hint(name, names)}")
         if name in arguments:
             raise ValueError(f"{call[1]}: `{name}` is given twice")
         arguments[name] = _value(f"{call[1]}: {name}", word.strip("\"'"), types[name])
@@ -109,3 +109,10 @@ def _value(place: str, word: str, kind: Any) -> object:
                 return number
     except (ValueError, KeyError):
         raise ValueError(f"{place} must be {_WORDS[kind]}, not {word}") from None
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses `word`: the nearest of what there is, or all of it."""
+    names = list(known)
+    close = difflib.get_close_matches(word.lower(), names, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names) or 'none'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 
 import torch
@@ -57,12 +58,16 @@ class BodySize:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Transforms, then at most one quantiser, then at most one lossless stage; `labels` are the stages as written."""
+    """Transforms, then at most one quantiser, then at most one lossless stage; `labels` are the stages as written.
+
+    Tensors whose names match one of the patterns `exact_tensors` are left to the lossless stage alone: ask `of`.
+    """
 
     labels: tuple[str, ...] = ()
     transforms: tuple[Transform, ...] = ()
     quantiser: Quantiser | None = None
     lossless: Lossless | None = None
+    exact_tensors: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -74,9 +79,17 @@ class Pipeline:
         """Whether what is decoded is what was encoded, to the last bit."""
         return not self.transforms and self.quantiser is None
 
-    def survey(self, tensors: Callable[[], Iterable[Tensor]]) -> float | None:
-        """What the first transform must know of all tensors together. (Behind another one no stage may ask this.)"""
-        return self.transforms[0].survey(tensors()) if self.transforms else None
+    def of(self, name: str) -> Pipeline:
+        """The stages that are for the tensor of that name."""
+        if not any(fnmatchcase(name, pattern) for pattern in self.exact_tensors):
+            return self
+        return EXACT if self.lossless is None else Pipeline(self.labels[-1:], lossless=self.lossless)
+
+    def survey(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> float | None:
+        """What the first transform must know of all tensors together, by name; behind another one no stage may ask."""
+        if not self.transforms:
+            return None
+        return self.transforms[0].survey(tensor for name, tensor in tensors() if self.of(name) is self)
 
     def encode(self, tensor: Tensor, seed: int, survey: float | None, memory: Mapping[str, Tensor]) -> Encoded:
         """The tensor as it travels. Raises WireError if it is not finite and a stage would lose that."""
@@ -176,14 +189,18 @@ class Pipeline:
         if not self.labels:
             data = sum(prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
             return BodySize(len(tensors_header(shapes, dtypes)) + data, {}, True)
-        sizes = {name: self.size(shape, dtypes[name]) for name, shape in shapes.items()}
-        wire = {name: (size.stage_bytes[-1],) for name, size in sizes.items()}
-        header = len(tensors_header(wire, dict.fromkeys(wire, torch.uint8)))
-        stages = {
-            label: sum(size.stage_bytes[index] for size in sizes.values()) for index, label in enumerate(self.labels)
-        }
-        is_exact = all(size.is_exact for size in sizes.values())
-        return BodySize(header + sum(size.stage_bytes[-1] for size in sizes.values()), stages, is_exact)
+        wire_shapes, wire_dtypes = dict[str, Shape](), dict[str, torch.dtype]()
+        stages, is_exact = dict.fromkeys(self.labels, 0), True
+        for name, shape in shapes.items():
+            own, dtype = self.of(name), dtypes[name]
+            size = own.size(shape, dtype)
+            wire_shapes[name] = (own.most_bytes(shape, dtype),) if own.labels else shape
+            wire_dtypes[name] = torch.uint8 if own.labels else dtype
+            is_exact &= size.is_exact
+            for label, left in zip(own.labels, size.stage_bytes, strict=True):
+                stages[label] += left
+        data = sum(prod(shape) * wire_dtypes[name].itemsize for name, shape in wire_shapes.items())
+        return BodySize(len(tensors_header(wire_shapes, wire_dtypes)) + data, stages, is_exact)
 
     @property
     def _item_bytes(self) -> int:
@@ -203,7 +220,7 @@ class Pipeline:
         return size if self.lossless is None else self.lossless.max_bytes(size)
 
 
-def pipeline(stages: Iterable[tuple[str, Stage]]) -> Pipeline:
+def pipeline(stages: Iterable[tuple[str, Stage]], exact_tensors: Iterable[str] = ()) -> Pipeline:
     """The chain of (label, stage). Raises ValueError where the order of kinds is not that of `Pipeline`."""
     labels: list[str] = []
     transforms: list[Transform] = []
@@ -217,6 +234,8 @@ def pipeline(stages: Iterable[tuple[str, Stage]]) -> Pipeline:
                 raise ValueError(
                     f"{label} stands behind {labels[-1]}: what chooses numbers comes before what rounds them"
                 )
+            if transforms and stage.survey([]) is not None:
+                raise ValueError(f"{label} stands behind {labels[-1]}: what looks at all tensors together comes first")
             transforms.append(stage)
         elif isinstance(stage, Quantiser):
             if quantiser is not None:
@@ -225,7 +244,7 @@ def pipeline(stages: Iterable[tuple[str, Stage]]) -> Pipeline:
         else:
             lossless = stage
         labels.append(label)
-    return Pipeline(tuple(labels), tuple(transforms), quantiser, lossless)
+    return Pipeline(tuple(labels), tuple(transforms), quantiser, lossless, tuple(exact_tensors))
 
 
 EXACT = Pipeline()
@@ -237,7 +256,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
-    if data.data_ptr() % dtype.itemsize:
+    if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
         data = data.clone()  # a stretch of a received buffer: an unaligned view would be undefined behaviour
     return data.contiguous().view(dtype) if data.numel() else torch.empty(0, dtype=dtype)
 

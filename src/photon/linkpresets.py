@@ -1,0 +1,47 @@
+"""Codecs by intent: what `link.preset` fills in. docs/results.md says what each costs in loss and saves in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from photon.config import LinkConfig
+from photon.errors import ConfigError
+
+CodecOptions = Mapping[str, list[str] | str | float]
+
+PRESETS: Mapping[str, CodecOptions] = MappingProxyType(
+    {
+        "exact": {"up": [], "down": []},
+        "balanced": {"up": ["int4(block=128)", "zstd"], "down": ["int4(block=128)", "zstd"]},
+        "tiny": {"up": ["topk(density=0.03)", "int2"], "down": ["int4(block=128)", "zstd"]},
+    }
+)
+
+
+def codec_fields() -> frozenset[str]:
+    """The `[link]` options that a preset may set."""
+    return frozenset({"up", "down", "of", "up_feedback", "down_feedback"})
+
+
+def apply_link(link: Mapping[str, object]) -> dict[str, object]:
+    """Fill a raw `[link]` table from the preset it names; what the table gives itself wins.
+
+    A name that is none is left for validation to refuse.
+    """
+    name = link.get("preset")
+    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    return {**preset, **link}
+
+
+def check_codecs(link: LinkConfig) -> None:
+    """Raises ConfigError that names the first stage, or the first parameter of one, that there is not."""
+    if not link.up and not link.down and link.of == "difference":
+        return
+    from photon.link.codec.notation import parse_pipeline  # here, because it brings torch: exact recipes need none
+
+    up, down = parse_pipeline(link.up, "link.up"), parse_pipeline(link.down, "link.down")
+    if link.of == "weights" and up.is_lossless and down.is_lossless:
+        raise ConfigError("link.of = weights is for lossy stages: exact codecs carry the same either way")
+    if link.of == "weights" and link.max_update_norm is not None:
+        raise ConfigError("link.max_update_norm bounds differences: with link.of = weights no node could keep it")

@@ -1,0 +1,334 @@
+"""From a question (recipe, machine, link, prices) to the whole plan, as plain numbers with units in their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from photon.config import Recipe
+from photon.estimate import memory_estimate, tokens_per_round
+from photon.plan_exchange import LinkSpeed, Topology, step_exchange_s
+from photon.planner import (
+    ENVELOPE_BYTES,
+    MachineSpeed,
+    RoundBytes,
+    RoundPrediction,
+    baseline_s,
+    break_even,
+    predict_round,
+    run_down_bytes,
+    run_tasks,
+    tau_for_utilisation,
+    total_s,
+)
+
+_DAY_S = 86_400.0
+_HOUR_S = 3600.0
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Per-step data-parallel training to compare with. What is None follows from the federation.
+
+    `compute_ratio` is the federation's training time over the baseline's at the same loss: federated training needs
+    more tokens. The paper's own numbers give 2.75 (1.3B), 1.56 (3B) and 1.88 (7B). At 1 both take the same steps.
+    """
+
+    compute_ratio: float = 1.0
+    steps: float | None = None
+    steps_per_s: float | None = None
+    gradient_bytes_per_parameter: float = 2.0  # bfloat16, as is common
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Money, in any currency; None: not asked for."""
+
+    device_hour: float | None = None
+    traffic_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that a plan follows from."""
+
+    recipe: Recipe
+    parameters: int
+    node_bytes: RoundBytes
+    machine: MachineSpeed
+    link: LinkSpeed
+    topology: Topology = "ps"
+    baseline: Baseline = Baseline()
+    prices: Prices = Prices()
+    wanted_utilisation: float = 0.9
+    devices_per_node: int = 1
+    device_memory_bytes: int | None = None
+    stage_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # "up", "down": by stage
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes. The first four are on a node's devices; `fits` says whether they do, None where that is not known."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    node_device_bytes: int
+    node_main_memory_bytes: int
+    aggregator_bytes: int
+    device_memory_bytes: int | None
+    fits: bool | None
+
+
+@dataclass(frozen=True)
+class BytesPlan:
+    """Bodies of messages; `is_exact` false: at most so many. All nodes together, unless it says `node_`."""
+
+    is_exact: bool
+    node_down_is_exact: bool
+    node_up_is_exact: bool
+    node_down_bytes: int
+    node_up_bytes: int
+    round_down_bytes: float
+    round_up_bytes: float
+    run_down_bytes: float
+    run_up_bytes: float
+    run_envelope_at_most_bytes: int
+    day_bytes: float
+    per_token_bytes: float
+    stage_bytes: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class BaselinePlan:
+    """Per-step data-parallel training on the same links, exchanging in every step."""
+
+    steps: float
+    compute_s: float
+    exchange_s: float
+    total_s: float
+    overlapped_total_s: float
+    sent_bytes: float
+    compute_ratio: float
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Bandwidth of a node's upward link (all links scaled alike) beyond which per-step training is faster.
+
+    None: there is none. Then `always` says whether the federation is the faster one at every bandwidth or at none.
+    """
+
+    bits_per_s: float | None
+    always: bool
+
+
+@dataclass(frozen=True)
+class MoneyPlan:
+    """What the given prices come to, per-step training without overlap beside it."""
+
+    devices: float
+    traffic: float
+    total: float
+    baseline_devices: float
+    baseline_traffic: float
+    baseline_total: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer."""
+
+    recipe: str
+    parameters: int
+    nodes: int
+    rounds: int
+    tau: int
+    topology: Topology
+    tokens: float
+    memory: MemoryPlan
+    bytes: BytesPlan
+    phases_s: dict[str, float]
+    round_s: float
+    utilisation: float
+    total_s: float
+    train_s: float
+    exchange_s: float
+    baseline: BaselinePlan
+    break_even: BreakEven
+    break_even_overlapped: BreakEven
+    wanted_utilisation: float
+    tau_for_utilisation: int
+    money: MoneyPlan | None
+    assumptions: tuple[str, ...]
+
+
+def answer(question: Question) -> Plan:
+    """Work the whole plan out."""
+    recipe, federation = question.recipe, question.recipe.federation
+    prediction = _prediction(question, question.link)
+    run_s = total_s(federation.rounds, prediction.round_s)
+    train_s = prediction.phases_s["train"]
+    tokens = tokens_per_round(recipe) * federation.rounds
+    traffic = _bytes(question, prediction.round_s, tokens)
+    baseline = _baseline(question, train_s)
+    return Plan(
+        recipe=recipe.name,
+        parameters=question.parameters,
+        nodes=recipe.nodes_per_round,
+        rounds=federation.rounds,
+        tau=federation.tau,
+        topology=question.topology,
+        tokens=tokens,
+        memory=_memory(question),
+        bytes=traffic,
+        phases_s=prediction.phases_s,
+        round_s=prediction.round_s,
+        utilisation=prediction.utilisation,
+        total_s=run_s,
+        train_s=federation.rounds * train_s,
+        exchange_s=federation.rounds * (prediction.phases_s["download"] + prediction.phases_s["upload"]),
+        baseline=baseline,
+        break_even=_break_even(question, baseline, overlapped=False),
+        break_even_overlapped=_break_even(question, baseline, overlapped=True),
+        wanted_utilisation=question.wanted_utilisation,
+        tau_for_utilisation=tau_for_utilisation(
+            question.wanted_utilisation, train_s / federation.tau, prediction.round_s - train_s
+        ),
+        money=_money(question, run_s, traffic, baseline),
+        assumptions=question.assumptions,
+    )
+
+
+def with_tau(question: Question, tau: int) -> Question:
+    """The same tokens in rounds of another length (with a last round that is not full, a few more).
+
+    Per-step training, which knows no tau, stays as it was.
+    """
+    baseline = _baseline(question, _prediction(question, question.link).phases_s["train"])
+    same = replace(question.baseline, steps=baseline.steps, steps_per_s=baseline.steps / baseline.compute_s)
+    federation = question.recipe.federation
+    rounds = max(1, math.ceil(federation.rounds * federation.tau / tau))
+    changed = federation.model_copy(update={"tau": tau, "rounds": rounds})
+    silos = [silo.model_copy(update={"tau": None}) for silo in question.recipe.silo]
+    recipe = question.recipe.model_copy(update={"federation": changed, "silo": silos})
+    return replace(question, recipe=recipe, baseline=same)
+
+
+def with_bandwidth(question: Question, up_bits_per_s: float) -> Question:
+    """All links scaled so that a node's upward one has this bandwidth."""
+    return replace(question, link=question.link.scaled(up_bits_per_s / question.link.node_up_bits_per_s))
+
+
+def _prediction(question: Question, link: LinkSpeed) -> RoundPrediction:
+    return predict_round(
+        question.recipe, question.parameters, question.node_bytes, question.machine, link, question.topology
+    )
+
+
+def _memory(question: Question) -> MemoryPlan:
+    estimate = memory_estimate(question.recipe, question.parameters)
+    available = question.device_memory_bytes
+    return MemoryPlan(
+        weights_bytes=estimate.weights_bytes,
+        gradients_bytes=estimate.gradients_bytes,
+        optimizer_bytes=estimate.optimizer_bytes,
+        activations_bytes=estimate.activations_bytes,
+        node_device_bytes=estimate.node_bytes,
+        node_main_memory_bytes=estimate.update_bytes + estimate.codec_bytes,
+        aggregator_bytes=estimate.aggregator_bytes,
+        device_memory_bytes=available,
+        fits=None if available is None else estimate.node_bytes <= available * question.devices_per_node,
+    )
+
+
+def _bytes(question: Question, round_s: float, tokens: float) -> BytesPlan:
+    """Of all nodes."""
+    recipe, node = question.recipe, question.node_bytes
+    nodes, rounds = recipe.nodes_per_round, recipe.federation.rounds
+    if question.topology == "ps":
+        round_down, round_up = float(nodes * node.down_bytes), float(nodes * node.up_bytes)
+        run_down, envelopes = run_down_bytes(recipe, node), 2 * run_tasks(recipe) * ENVELOPE_BYTES
+    else:  # what a node sends is what another receives: counted once, as up
+        shares = nodes - 1 if question.topology == "allreduce" else 2 * (nodes - 1) / nodes
+        round_down, round_up = 0.0, nodes * shares * node.up_bytes
+        run_down, envelopes = 0.0, 0
+    run_up = rounds * round_up
+    return BytesPlan(
+        is_exact=node.is_exact,
+        node_down_is_exact=node.down_is_exact,
+        node_up_is_exact=node.up_is_exact,
+        node_down_bytes=node.down_bytes,
+        node_up_bytes=node.up_bytes,
+        round_down_bytes=round_down,
+        round_up_bytes=round_up,
+        run_down_bytes=run_down,
+        run_up_bytes=run_up,
+        run_envelope_at_most_bytes=envelopes,
+        day_bytes=(round_down + round_up) * _DAY_S / round_s,
+        per_token_bytes=(run_down + run_up) / tokens,
+        stage_bytes=question.stage_bytes,
+    )
+
+
+def _baseline(question: Question, train_s: float) -> BaselinePlan:
+    """Steps and their time as asked, or from the federation's: its training time over `compute_ratio`."""
+    federation, asked = question.recipe.federation, question.baseline
+    federated_s = federation.rounds * train_s
+    # In the federation's order: as many steps in all, fewer of them by the ratio.
+    steps = asked.steps if asked.steps is not None else federation.rounds * federation.tau / asked.compute_ratio
+    step_s = 1 / asked.steps_per_s if asked.steps_per_s is not None else federated_s / asked.compute_ratio / steps
+    exchange_s = _step_exchange_s(question, question.link)
+    return BaselinePlan(
+        steps=steps,
+        compute_s=steps * step_s,
+        exchange_s=steps * exchange_s,
+        total_s=baseline_s(steps, step_s, exchange_s, overlapped=False),
+        overlapped_total_s=baseline_s(steps, step_s, exchange_s, overlapped=True),
+        sent_bytes=steps * _step_sent_bytes(question),
+        compute_ratio=federated_s / (steps * step_s),
+    )
+
+
+def _step_exchange_s(question: Question, link: LinkSpeed) -> float:
+    gradient_bytes = question.parameters * question.baseline.gradient_bytes_per_parameter
+    return step_exchange_s(question.topology, gradient_bytes, question.recipe.nodes_per_round, link)
+
+
+def _step_sent_bytes(question: Question) -> float:
+    """What all senders put on the links in one step of the baseline."""
+    nodes = question.recipe.nodes_per_round
+    copies = {"ps": 2 * nodes if nodes > 1 else 0, "allreduce": nodes * (nodes - 1), "ring": 2 * (nodes - 1)}
+    return copies[question.topology] * question.parameters * question.baseline.gradient_bytes_per_parameter
+
+
+def _break_even(question: Question, baseline: BaselinePlan, overlapped: bool) -> BreakEven:
+    rounds, step_s = question.recipe.federation.rounds, baseline.compute_s / baseline.steps
+
+    def federated_s(link: LinkSpeed) -> float:
+        return total_s(rounds, _prediction(question, link).round_s)
+
+    def per_step_s(link: LinkSpeed) -> float:
+        return baseline_s(baseline.steps, step_s, _step_exchange_s(question, link), overlapped)
+
+    factor = break_even(federated_s, per_step_s, question.link)
+    if 0 < factor < math.inf:
+        return BreakEven(factor * question.link.node_up_bits_per_s, always=False)
+    return BreakEven(None, always=factor > 0)
+
+
+def _money(question: Question, run_s: float, traffic: BytesPlan, baseline: BaselinePlan) -> MoneyPlan | None:
+    """Devices x hours, and every byte that a node or the Aggregator sends. The Aggregator's machine is not in it."""
+    prices = question.prices
+    if prices.device_hour is None and prices.traffic_gb is None:
+        return None
+    hour = (prices.device_hour or 0.0) * question.recipe.nodes_per_round * question.devices_per_node
+    devices, baseline_devices = hour * run_s / _HOUR_S, hour * baseline.total_s / _HOUR_S
+    gb = prices.traffic_gb or 0.0
+    sent = gb * (traffic.run_down_bytes + traffic.run_up_bytes) / _GB
+    baseline_sent = gb * baseline.sent_bytes / _GB
+    return MoneyPlan(devices, sent, devices + sent, baseline_devices, baseline_sent, baseline_devices + baseline_sent)

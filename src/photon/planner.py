@@ -1,0 +1,334 @@
+"""What a federation will cost, from formulas: bytes and seconds of a round, and the same for per-step training.
+
+The formulas are those of the paper's notebook ("Photon: Federated LLM Pre-Training", arXiv 2411.02908, its wall-time
+model), with S the payload's bytes, K the nodes of a round, B a link's bytes per second, nu local steps per second and
+zeta the bytes per second of the merge:
+
+    round = tau / nu + exchange + merge        merge = K S / zeta
+    exchange: parameter server 2 K S / B, all-reduce (K - 1) S / B, ring all-reduce 2 S (K - 1) / (K B)
+
+Three slips of the notebook are not copied:
+
+1. Beyond 100 nodes it divides by the square root of B, which is no time at all (bytes over the root of bytes per
+   second). Here the Aggregator's link is shared by K nodes and every node has a link of its own, so each way takes
+   max(K S / B_aggregator, S / B_node), for any K.
+2. Its zeta is commented as 5 TFLOP/s, set to 5e9, and divides megabytes. Here it is bytes of float32 model per second.
+3. Its S is 2 bytes per parameter. Here S is what the link's codecs really write, and may differ up and down.
+
+Links are full duplex: what a node sends does not slow down what it receives. Nothing overlaps: a node does not train
+while it receives or sends. All nodes are alike, so they finish together and share the Aggregator's link evenly; where
+nodes differ in their steps, the one with most work is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from photon.plan_exchange import LinkSpeed, Topology, collective_s, merge_s, star_bits_per_s, transfer_s
+
+if TYPE_CHECKING:  # torch takes seconds to import, and no formula needs it
+    import torch
+
+    from photon.config import Recipe
+
+Shape = tuple[int, ...]
+
+# In the order in which they happen; a round takes their sum.
+PHASES = (
+    "control",
+    "download",
+    "decode",
+    "evaluate",
+    "train",
+    "encode",
+    "save",
+    "upload",
+    "merge",
+    "outer",
+    "commit",
+)
+# What a run measures is coarser: these phases of it hold so many of ours.
+MEASURED_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "nodes": ("control", "download", "decode", "evaluate", "train", "encode", "save", "upload"),
+    "messages and transfer": ("control", "download", "upload"),
+    "commit of the round before": ("commit",),
+}
+FLOAT32_BYTES = 4
+ENVELOPE_BYTES = 1024  # at most, of a message without its body
+
+
+class BodyBytes(Protocol):
+    """The size of a message's body: exact, or the most it can be."""
+
+    @property
+    def body_bytes(self) -> int: ...  # noqa: D102 - the class says it
+    @property
+    def stage_bytes(self) -> Mapping[str, int]: ...  # noqa: D102 - of the tensors, after each stage of the codec
+    @property
+    def is_exact(self) -> bool: ...  # noqa: D102
+
+
+class SizedCodec(Protocol):
+    """A codec as far as a plan needs it."""
+
+    def body_size(self, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> BodyBytes:
+        """What a body with tensors of these shapes and dtypes comes to, the safetensors header included."""
+
+
+@dataclass(frozen=True)
+class LinkCodecs:
+    """What crosses in each direction, and what a node gets that has nothing to build on: the whole model, exact."""
+
+    up: SizedCodec
+    down: SizedCodec
+    whole: SizedCodec
+    sends_differences: bool  # down: what changed since the base that the node holds
+
+
+@dataclass(frozen=True)
+class MachineSpeed:
+    """One node's training and what goes on beside it; rates in bytes are of the float32 model. Infinite: takes no time.
+
+    `at_once`: nodes that work at the same time; None: every node has its own machine.
+    """
+
+    tokens_per_s: float
+    evaluation_tokens_per_s: float
+    decode_bytes_per_s: float  # hash, decode and load what was received
+    encode_bytes_per_s: float  # difference, encode and hash what is sent
+    merge_bytes_per_s: float  # verify, decode and fold one reply
+    outer_bytes_per_s: float  # outer step, and the new model as it travels
+    disk_bytes_per_s: float
+    control_s: float
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """Bodies of one node's round; not exact: the most they can be. `whole_bytes` is the model as exact float32."""
+
+    down_bytes: int
+    up_bytes: int
+    whole_bytes: int
+    down_is_exact: bool = True
+    up_is_exact: bool = True
+    sends_differences: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether both are."""
+        return self.down_is_exact and self.up_is_exact
+
+
+@dataclass(frozen=True)
+class RoundPrediction:
+    """A typical round: seconds by phase (see PHASES; scoring spread over the rounds between) and bytes of one node."""
+
+    phases_s: dict[str, float]
+    node_bytes: RoundBytes
+
+    @property
+    def round_s(self) -> float:
+        """A round from end to end."""
+        return math.fsum(self.phases_s.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the round in which nodes train."""
+        return self.phases_s["train"] / self.round_s
+
+
+@dataclass(frozen=True)
+class PhaseComparison:
+    """Predicted beside measured seconds of one phase; None where one side has no such phase."""
+
+    phase: str
+    predicted_s: float | None
+    measured_s: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured / predicted."""
+        if self.predicted_s is None or self.measured_s is None or self.predicted_s <= 0:
+            return None
+        return self.measured_s / self.predicted_s
+
+
+def round_bytes(shapes: Mapping[str, Shape], codecs: LinkCodecs) -> RoundBytes:
+    """Bodies of one node's round with these float32 tensors."""
+    import torch
+
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    down, up = codecs.down.body_size(shapes, dtypes), codecs.up.body_size(shapes, dtypes)
+    return RoundBytes(
+        down_bytes=down.body_bytes,
+        up_bytes=up.body_bytes,
+        whole_bytes=codecs.whole.body_size(shapes, dtypes).body_bytes,
+        down_is_exact=down.is_exact,
+        up_is_exact=up.is_exact,
+        sends_differences=codecs.sends_differences,
+    )
+
+
+def run_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> float:
+    """Bodies down in the whole run, where every node answers every task.
+
+    A round sends to its K nodes, one that scores to every owner, and after the last the finished model is scored. The
+    untrained model travels whole and exact, or, where differences travel, not at all: everybody makes it from the seed.
+    A difference needs the base before; a node that had no task in the round before gets the whole model. With K of P
+    nodes sampled that is a matter of chance, and this the mean over the draws.
+    """
+    nodes, owners, rounds = recipe.nodes_per_round, len(recipe.silo), recipe.federation.rounds
+    total, share_that_holds = 0.0, 1.0
+    for index in range(rounds + 1):
+        tasks = owners if index == rounds or index % recipe.evaluation.every == 0 else nodes
+        if index == 0:
+            size = 0.0 if node_bytes.sends_differences else float(node_bytes.whole_bytes)
+        elif node_bytes.sends_differences:
+            size = share_that_holds * node_bytes.down_bytes + (1 - share_that_holds) * node_bytes.whole_bytes
+        else:
+            size = node_bytes.down_bytes
+        total += tasks * size
+        share_that_holds = tasks / owners
+    return total
+
+
+def run_tasks(recipe: Recipe) -> int:
+    """Tasks of the whole run; each is answered by one reply."""
+    nodes, owners, rounds = recipe.nodes_per_round, len(recipe.silo), recipe.federation.rounds
+    return rounds * nodes + math.ceil(rounds / recipe.evaluation.every) * (owners - nodes) + owners
+
+
+def predict(
+    recipe: Recipe,
+    parameters: int,
+    shapes: Mapping[str, Shape],
+    codecs: LinkCodecs,
+    machine: MachineSpeed,
+    link: LinkSpeed,
+) -> RoundPrediction:
+    """A typical round of `recipe` through the Aggregator, as Photon runs it, but the first; see `predict_round`."""
+    return predict_round(recipe, parameters, round_bytes(shapes, codecs), machine, link)
+
+
+def predict_round(
+    recipe: Recipe,
+    parameters: int,
+    node_bytes: RoundBytes,
+    machine: MachineSpeed,
+    link: LinkSpeed,
+    topology: Topology = "ps",
+) -> RoundPrediction:
+    """Seconds of every phase, by the formulas at the top of this module."""
+    nodes, model_bytes = recipe.nodes_per_round, parameters * FLOAT32_BYTES
+    # Virtual nodes queue for a device, those on other machines do not.
+    waves = math.ceil(nodes / machine.at_once) if machine.at_once else 1
+    node_state_bytes = _node_state_bytes(recipe, parameters)
+    node_steps = [recipe.tau_of(silo) * recipe.batch_size_of(silo) for silo in recipe.silo]
+    evaluated = recipe.evaluation.sequences * recipe.data.sequence_length / recipe.evaluation.every
+    phases = dict.fromkeys(PHASES, 0.0)
+    phases["control"] = machine.control_s + link.control_round_trips * link.round_trip_s
+    if topology == "ps":
+        down = star_bits_per_s(link.node_down_bits_per_s, link.aggregator_bits_per_s, nodes)
+        up = star_bits_per_s(link.node_up_bits_per_s, link.aggregator_bits_per_s, nodes)
+        phases["download"] = transfer_s(
+            _slowest_down_bytes(recipe, node_bytes), down, link.round_trip_s, link.handshakes
+        )
+        phases["upload"] = transfer_s(node_bytes.up_bytes, up, link.round_trip_s, link.handshakes)
+    else:
+        phases["upload"] = collective_s(topology, node_bytes.up_bytes, nodes, link.node_bits_per_s, link.round_trip_s)
+    phases["decode"] = waves * (model_bytes + node_state_bytes) / machine.decode_bytes_per_s
+    phases["evaluate"] = waves * evaluated / machine.evaluation_tokens_per_s
+    phases["train"] = waves * max(node_steps) * recipe.data.sequence_length / machine.tokens_per_s
+    phases["encode"] = waves * model_bytes / machine.encode_bytes_per_s
+    phases["save"] = waves * (node_state_bytes + node_bytes.up_bytes) / machine.disk_bytes_per_s
+    phases["merge"] = merge_s(topology, model_bytes, nodes, machine.merge_bytes_per_s)
+    # The new base is written as it is made; what is left for the commit is the outer optimizer's state and, where nodes
+    # rebuild another base than the exact model, that model and what they rebuild theirs from.
+    phases["outer"] = model_bytes / machine.outer_bytes_per_s + model_bytes / machine.disk_bytes_per_s
+    apart = model_bytes * bool(recipe.link.down_feedback) + node_bytes.down_bytes if node_bytes.sends_differences else 0
+    phases["commit"] = (model_bytes * _outer_buffers(recipe) + apart) / machine.disk_bytes_per_s
+    return RoundPrediction(phases, node_bytes)
+
+
+def compare(prediction: RoundPrediction, measured_s: Mapping[str, float]) -> list[PhaseComparison]:
+    """Predicted beside measured seconds of a round, in the order of `measured_s`, then what was not measured.
+
+    A measured phase may be one of PHASES or a group of MEASURED_GROUPS.
+    """
+    rows, told = [], set()
+    for phase, seconds in measured_s.items():
+        parts = MEASURED_GROUPS.get(phase, (phase,))
+        known = [part for part in parts if part in prediction.phases_s and part not in measured_s.keys() - {phase}]
+        predicted = math.fsum(prediction.phases_s[part] for part in known) if known else None
+        told |= set(known)
+        rows.append(PhaseComparison(phase, predicted, seconds))
+    rows += [PhaseComparison(phase, s, None) for phase, s in prediction.phases_s.items() if phase not in told]
+    return rows
+
+
+def tau_for_utilisation(wanted: float, step_s: float, rest_s: float) -> int:
+    """The least tau at which nodes train for the `wanted` share of a round: tau step / (tau step + rest) >= wanted.
+
+    `rest_s` is everything in a round but training; it does not depend on tau. Raises ValueError outside [0, 1).
+    """
+    if not 0 <= wanted < 1:
+        raise ValueError(f"a utilisation is at least 0 and below 1, not {wanted:g}")
+    return max(1, math.ceil(wanted / (1 - wanted) * rest_s / step_s - 1e-9))
+
+
+def total_s(rounds: int, round_s: float) -> float:
+    """R x round."""
+    return rounds * round_s
+
+
+def baseline_s(steps: float, step_s: float, exchange_s: float, overlapped: bool) -> float:
+    """Per-step data-parallel training: steps x (1 / nu + exchange), or the larger of the two with perfect overlap."""
+    return steps * (max(step_s, exchange_s) if overlapped else step_s + exchange_s)
+
+
+def break_even(
+    federated_s: Callable[[LinkSpeed], float], other_s: Callable[[LinkSpeed], float], link: LinkSpeed
+) -> float:
+    """The factor on all bandwidths of `link` up to which federated training is the faster of the two.
+
+    0: it is never; infinity: it always is. More bandwidth helps whoever sends more, so there is one crossing; it is
+    bracketed between a billionth and a billion times the link and halved down (bisection on the logarithm).
+    """
+
+    def wins(exponent: float) -> bool:
+        scaled = link.scaled(10.0**exponent)
+        return federated_s(scaled) < other_s(scaled)
+
+    low, high = -9.0, 9.0
+    if not wins(low):
+        return 0.0
+    if wins(high):
+        return math.inf
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if wins(middle) else (low, middle)
+    return float(10.0**low)
+
+
+def _node_state_bytes(recipe: Recipe, parameters: int) -> int:
+    """What a node reads from and writes to its own disk each round: what its codec left out, and its optimizer's state
+    if that is kept."""
+    from photon.estimate import optimizer_bytes, residual_bytes
+
+    kept = optimizer_bytes(recipe, parameters) if recipe.node.optimizer_state == "keep" else 0
+    return kept + residual_bytes(recipe, parameters)
+
+
+def _slowest_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> int:
+    """The round waits for whoever gets most: where nodes miss rounds, one that gets the model whole."""
+    misses = recipe.nodes_per_round < len(recipe.silo) and recipe.evaluation.every > 1
+    return node_bytes.whole_bytes if node_bytes.sends_differences and misses else node_bytes.down_bytes
+
+
+def _outer_buffers(recipe: Recipe) -> int:
+    """Model-sized buffers of the outer optimizer."""
+    return {"momentum": 1, "nesterov": 1, "adam": 2, "yogi": 2}.get(recipe.federation.outer, 0)

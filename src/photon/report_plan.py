@@ -1,0 +1,128 @@
+"""Predicted beside measured: what the planner's formulas say of a run's rounds, and what they took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from photon.config import Recipe
+from photon.devices import assumed_speed
+from photon.errors import ConfigError
+from photon.events import NodeRound, RoundDone, RunStarted
+from photon.plan_exchange import LinkSpeed
+from photon.planner import PhaseComparison, RoundBytes, RoundPrediction, compare, predict_round
+from photon.recipe import parse_recipe
+
+_TRANSFER = "messages and transfer"
+_COMMIT = "commit of the round before"
+_WORDS = {
+    _TRANSFER: "messages, transfer, waiting",
+    "decode": "node: decode, load",
+    "evaluate": "node: score held-out text",
+    "train": "node: train",
+    "encode": "node: encode the update",
+    "save": "node: update and state to disk",
+    "merge": "Aggregator: verify, merge",
+    "outer": "Aggregator: outer step, new base",
+    _COMMIT: "Aggregator: commit",
+}
+_FIRST_MEASURED = 3  # rounds; the first starts everything up, the second is what the prediction builds on
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by phase, then the round; and the last of the rounds that were measured; or why there are none."""
+
+    rows: Sequence[PhaseComparison]
+    last_round: int = 0
+    why_not: str = ""
+
+
+def predicted_and_measured(start: RunStarted, rounds: Mapping[int, RoundDone], recipe_text: str) -> Comparison | None:
+    """A mean round from the third on. None where a run has too few rounds, or recorded no such phases.
+
+    Nothing of the rounds that are predicted enters the prediction: speeds of training and scoring, and what messages
+    and transfer take, are those of the second round; the rest follows from rates that `photon.devices` assumes.
+    """
+    later = [event for number, event in rounds.items() if number >= _FIRST_MEASURED]
+    if not later or not {1, 2} <= rounds.keys() or any("merge" not in event.phases_s for event in rounds.values()):
+        return None
+    try:
+        recipe = parse_recipe(recipe_text, "recipe.toml")
+    except ConfigError:
+        return Comparison([], why_not="no prediction: this version of Photon cannot read the recipe")
+    if recipe.federation.outer == "none":
+        return None  # the baseline: other owners' scoring happens beside the one that trains
+    at_once = start.workers if recipe.link.fabric == "local" else None
+    measured = [phases_of(event, at_once) for event in later]
+    mean = {phase: fmean(one[phase] for one in measured) for phase in measured[0]}
+    prediction = _prediction(recipe, start, rounds[1], rounds[2], at_once)
+    due = sum((event.round - 1) % recipe.evaluation.every == 0 for event in later)
+    prediction.phases_s["evaluate"] *= recipe.evaluation.every * due / len(later)
+    rows = [replace(row, phase=_WORDS[row.phase]) for row in compare(prediction, mean)]
+    # Not the sum of the phases: the Aggregator checks one reply while other nodes still work.
+    wall = fmean(math.fsum(event.phases_s.values()) for event in later)
+    total = PhaseComparison("a round", prediction.round_s, wall)
+    return Comparison([*rows, total], last_round=later[-1].round)
+
+
+def phases_of(event: RoundDone, at_once: int | None = None) -> dict[str, float]:
+    """Seconds of a recorded round by phase; the nodes' are those of the slowest, or of a whole queue of mean ones.
+
+    `at_once`: how many nodes work at the same time; None: all. What is left of the time that the Aggregator waited for
+    nodes is messages, transfer and waiting for each other.
+    """
+    nodes = list(event.nodes.values())
+    waves = math.ceil(len(nodes) / at_once) if at_once else 1
+    parts = [_parts(node) for node in nodes]
+    if waves > 1:
+        own = {phase: waves * fmean(part[phase] for part in parts) for phase in parts[0]}
+    else:
+        own = max(parts, key=lambda part: math.fsum(part.values()))
+    waited = event.phases_s.get("assembly", 0.0) + event.phases_s["nodes"]
+    aggregator = {phase: event.phases_s[phase] for phase in ("merge", "outer", _COMMIT)}
+    return {_TRANSFER: max(0.0, waited - math.fsum(own.values())), **own, **aggregator}
+
+
+def _parts(node: NodeRound) -> dict[str, float]:
+    return {
+        "decode": node.receive_s,
+        "evaluate": node.evaluation_seconds,
+        "train": node.seconds,
+        "encode": node.encode_s,
+        "save": node.save_s,
+    }
+
+
+def _prediction(
+    recipe: Recipe, start: RunStarted, first: RoundDone, second: RoundDone, at_once: int | None
+) -> RoundPrediction:
+    timed = phases_of(second, at_once)
+    waves = math.ceil(len(second.nodes) / at_once) if at_once else 1
+    steps = max(recipe.tau_of(silo) * recipe.batch_size_of(silo) for silo in recipe.silo)
+    scored = timed["evaluate"] or phases_of(first, at_once)["evaluate"]
+    machine = replace(
+        assumed_speed(waves * steps * recipe.data.sequence_length / max(timed["train"], 1e-9)),
+        evaluation_tokens_per_s=waves * recipe.evaluation.sequences * recipe.data.sequence_length / max(scored, 1e-9),
+        control_s=timed[_TRANSFER],
+        at_once=at_once,
+    )
+    line = LinkSpeed(math.inf, math.inf, math.inf, handshakes=0.0, control_round_trips=0.0)  # its time is in control_s
+    bodies = list(second.round_link.values())
+    sizes = RoundBytes(
+        down_bytes=max((traffic.down.body for traffic in bodies), default=0),
+        up_bytes=0 if at_once else max((traffic.up.body for traffic in bodies), default=0),  # here it stays in memory
+        whole_bytes=start.payload_bytes,
+        sends_differences=_sends_differences(recipe),
+    )
+    return predict_round(recipe, start.parameters, sizes, machine, line)
+
+
+def _sends_differences(recipe: Recipe) -> bool:
+    if not recipe.link.down:
+        return False
+    from photon.plan_sizes import link_codecs  # here, because it brings torch
+
+    return link_codecs(recipe).sends_differences

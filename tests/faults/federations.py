@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.support import without_timings
 
 PHOTON = (sys.executable, "-m", "photon")
 TIMEOUT_S = 120.0
@@ -95,15 +96,6 @@ def summary(run_folder: Path) -> dict[str, Any]:
 
 
 def record(run_folder: Path) -> list[dict[str, Any]]:
-    """Rounds and scores of a run, without what two equal runs do not share: clocks."""
+    """Rounds and scores of a run, without what two equal runs do not share: clocks, and the digits of their seconds."""
     events = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    kept = []
-    for event in events:
-        if event["event"] in ("round", "evaluation"):
-            clocks = ("time", "seconds", "tokens_per_second", "phases_s", "round_bytes_up", "round_bytes_down")
-            plain = {key: value for key, value in event.items() if key not in (*clocks, "bytes_up", "bytes_down")}
-            for node in plain.get("nodes", {}).values():
-                for key in ("seconds", "evaluation_seconds", "tokens_per_second", "bytes_up", "bytes_down"):
-                    node.pop(key)
-            kept.append(plain)
-    return kept
+    return [without_timings(event) for event in events if event["event"] in ("round", "evaluation")]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -105,6 +109,7 @@ def test_parts_arrive_in_parallel_while_the_beginning_is_hashed(tmp_path: Path) 
 WRITER = """
 import os, random, signal, sys
 from pathlib import Path
+from typing import Any
 from photon.link.partial import PartialFile
 size, part, stop = (int(word) for word in sys.argv[3:])
 data = random.Random(0).randbytes(size)
@@ -259,3 +264,50 @@ def test_a_file_that_was_removed_under_us_is_not_alive(tmp_path: Path) -> None:
     partial_names(file.target)[0].unlink()
     assert not file.alive
     file.close()
+
+
+def test_two_who_send_the_same_piece_at_once_write_it_once(tmp_path: Path) -> None:
+    data = some_bytes(4 * MIB, seed=12)
+    file = PartialFile(tmp_path / "blob", sha256(data), len(data), [(0, len(data))])
+    for begin in range(0, len(data), 64_000):
+        piece = data[begin : begin + 64_000]
+        with ThreadPoolExecutor(4) as pool:
+            errors = [one.exception() for one in [pool.submit(file.write, 0, begin, piece) for _ in range(4)]]
+        assert [type(error) for error in errors if error is not None] == [OffsetError] * 3
+    file.finish()
+    assert (tmp_path / "blob").read_bytes() == data
+
+
+def test_closing_waits_for_the_piece_that_is_being_written(tmp_path: Path) -> None:
+    data, begun, go_on = some_bytes(MIB, seed=13), threading.Event(), threading.Event()
+    file = PartialFile(tmp_path / "blob", sha256(data), len(data), [(0, len(data))])
+    real = os.pwrite
+
+    def slow(*arguments: Any) -> int:
+        begun.set()
+        assert go_on.wait(20)
+        return real(*arguments)
+
+    with mock.patch("os.pwrite", slow), ThreadPoolExecutor(2) as pool:
+        writing = pool.submit(file.write, 0, 0, data[:1000])
+        assert begun.wait(20)
+        assert file.done() == [0]  # who asks does not wait
+        closing = pool.submit(file.close)
+        time.sleep(0.1)
+        assert not closing.done()
+        go_on.set()
+        writing.result(20)
+        closing.result(20)
+    assert PartialFile(tmp_path / "blob", sha256(data), len(data), [(0, len(data))]).done() == [1000]
+
+
+def test_a_disk_that_failed_once_is_not_trusted_with_the_whole(tmp_path: Path) -> None:
+    data = some_bytes(MIB, seed=14)
+    file = PartialFile(tmp_path / "blob", sha256(data), len(data))
+    with mock.patch("os.fdatasync", side_effect=OSError(5, "Input/output error")):  # the kernel says so once
+        fill(file, data)
+        with pytest.raises(OSError, match="Input/output"):
+            file.finish()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PartialError):
+        file.finish()

@@ -19,6 +19,7 @@ from photon.aggregator.exchange import Exchange, Patience, quorum_of
 from photon.aggregator.merge import Merge
 from photon.aggregator.norms import NormBound, remember
 from photon.aggregator.outer import OuterOptimizer, Stepped
+from photon.aggregator.record import node_round
 from photon.aggregator.sampling import sample_with_spares
 from photon.aggregator.scores import Tally
 from photon.aggregator.state import GlobalState, RoundStore
@@ -27,7 +28,7 @@ from photon.aggregator.updates import UpdateReader
 from photon.aggregator.validate import evaluation_report, training_report, verify_norm, verify_training
 from photon.config import Recipe
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
-from photon.events import Evaluated, NodeRound, RoundDone
+from photon.events import Evaluated, RoundDone
 from photon.fabric.base import Fabric, NodeInfo
 from photon.link.body import Body
 from photon.link.ledger import Flow, Ledger, Traffic
@@ -35,6 +36,8 @@ from photon.link.tensors import decode_tensors, streamed_chunks, tensor_chunks
 from photon.link.update import Task, TrainingReport, expect_reply
 from photon.stopwatch import Stopwatch
 from photon.track import Tracker
+
+_ACCOUNTS_S = 1.5  # the gateway's accounts are at most so old
 
 
 @dataclass
@@ -79,7 +82,8 @@ class Aggregator:
         self.model_sha256 = state.model_sha256
         self.trust = Trust(state.progress.charges, recipe.federation.suspend_after, operator, tracker.note)
         self.ledger = Ledger(total=state.progress.link, counts_sent=fabric.carried() is not None)
-        self.ledger.skip(fabric.carried() or {})
+        if store.rounds():  # what the network carried of rounds that were not committed is on no ledger
+            self.ledger.skip(fabric.carried() or {})
         self._clock_zero = time.monotonic() - state.progress.seconds
         self._commit_s = 0.0
         self._absent: frozenset[str] = frozenset()  # trainers that the last round began without
@@ -251,6 +255,8 @@ class Aggregator:
         if exchange.missing:
             self.tracker.note(f"the final score lacks {', '.join(sorted(exchange.missing))}: {exchange.missing}")
         if not tally.is_empty:
+            if self.fabric.carried() is not None:
+                time.sleep(_ACCOUNTS_S)  # the last reading of the run should miss nothing
             self._read_network()
             self.progress = replace(self.progress, link=self.ledger.total, seconds=self._seconds())
             self.tracker.write(self._evaluated(tally))
@@ -368,7 +374,7 @@ class Aggregator:
             merged_norm=stepped.gradient_norm,
             outer_norm=stepped.moved_norm,
             nodes={
-                name: _node_round(reports[name], merged.norms[name], self.ledger.of(name), merged.tally.seconds(name))
+                name: node_round(reports[name], merged.norms[name], self.ledger.of(name), merged.tally.seconds(name))
                 for name in sorted(reports)
             },
             missing=dict(sorted(merged.missing.items())),
@@ -386,14 +392,3 @@ def _telling(task: Task, told: Told) -> tuple[Task, Told]:
 
 def _values(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _node_round(report: TrainingReport, update_norm: float, traffic: Traffic, evaluation_seconds: float) -> NodeRound:
-    return NodeRound(
-        **report.model_dump(exclude={"learning_rate"}),
-        update_norm=update_norm,
-        evaluation_seconds=evaluation_seconds,
-        tokens_per_second=report.tokens / max(report.seconds, 1e-9),
-        bytes_up=traffic.up.encoded,
-        bytes_down=traffic.down.encoded,
-    )

@@ -104,8 +104,11 @@ class PartialFile:
         self._written = Condition(self._lock)
         self._ending = Lock()  # of finish, close and discard; held as long as the rest takes to hash
         self._closed = self._finished = False
-        self._digest, self._hashed, self._unsynced_bytes = hashlib.sha256(), 0, 0
+        self._digest, self._hashed = hashlib.sha256(), 0
         self._hasher: Thread | None = None
+        self._syncer: Thread | None = None
+        self._sync_error: OSError | None = None
+        self._unsynced_bytes = 0
         self._file = self._open()
         try:
             self._resume()
@@ -162,6 +165,9 @@ class PartialFile:
         self._unsaved_bytes += written
         if self._unsaved_bytes >= SAVE_EVERY_BYTES:
             self._save()
+        self._unsynced_bytes += written
+        if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
+            self._sync_ahead()
         if written and self._hasher is None and self._filled() - self._hashed >= _HASH_BURST_BYTES:
             self._hasher = Thread(target=self._hash_ahead, name="photon-hash", daemon=True)
             self._hasher.start()
@@ -169,7 +175,8 @@ class PartialFile:
     def finish(self) -> None:
         """Check the sha256, sync, and give the file its name; doing it again changes nothing.
 
-        Raises IncompleteError if bytes are missing. Raises HashMismatchError and removes what came if they are wrong.
+        Raises IncompleteError if bytes are missing. Raises HashMismatchError if they are wrong, and OSError if the disk
+        has lost some: then what came is removed.
         """
         with self._ending:
             if self._finished:
@@ -179,15 +186,22 @@ class PartialFile:
                 missing = self.size - sum(self._done)
                 if missing:
                     raise IncompleteError(f"{missing} of {self.size} bytes of {self.target.name} are missing")
-            self._join_hasher()
+                self._sync_ahead()  # while the rest is hashed
+            self._join(self._hasher)
             self._hash_what_is_there()
+            self._join(self._syncer)
             if self._digest.hexdigest() != self.sha256:
                 self._close(save=False)
                 self._remove()
                 raise HashMismatchError(
                     f"{self.target.name} arrived with sha256 {self._digest.hexdigest()}, expected {self.sha256}"
                 )
-            os.fsync(self._file)
+            if self._sync_error is None:
+                self._sync(whole=True)
+            if self._sync_error is not None:  # the kernel tells of it once: what came cannot be trusted from now on
+                self._close(save=False)
+                self._remove()
+                raise self._sync_error
             self._partial.replace(self.target)
             _sync_folder(self.target.parent)
             self._close(save=False)
@@ -273,16 +287,24 @@ class PartialFile:
                 raise PartialError(f"{self._partial} was cut short while it was received")
             self._digest.update(buffer[:count])
             self._hashed += count
-            self._unsynced_bytes += count
-            if self._unsynced_bytes >= _SYNC_EVERY_BYTES:  # so that little is left to write when the last byte is here
-                os.fdatasync(self._file)
-                self._unsynced_bytes = 0
 
-    def _join_hasher(self) -> None:
-        with self._lock:
-            hasher = self._hasher
-        if hasher is not None:
-            hasher.join()  # bounded: by what is filled, or by one piece once the file is closed
+    def _sync_ahead(self) -> None:
+        """Have the disk write what is here, so that little is left when the last byte is; in a thread of its own."""
+        if self._syncer is None or not self._syncer.is_alive():
+            self._unsynced_bytes = 0
+            self._syncer = Thread(target=self._sync, name="photon-sync", daemon=True)
+            self._syncer.start()
+
+    def _sync(self, whole: bool = False) -> None:
+        try:
+            (os.fsync if whole else os.fdatasync)(self._file)
+        except OSError as error:
+            self._sync_error = error
+
+    def _join(self, thread: Thread | None) -> None:
+        """Wait for the hasher (for what is filled, or one piece once the file is closed) or syncer (for the disk)."""
+        if thread is not None:
+            thread.join()
 
     def _close(self, save: bool) -> None:
         with self._lock:
@@ -291,7 +313,8 @@ class PartialFile:
             self._closed = True
             while self._writing:
                 self._written.wait()  # bounded: by one write of each part
-        self._join_hasher()
+        self._join(self._hasher)
+        self._join(self._syncer)
         try:
             if save and self._unsaved_bytes and os.fstat(self._file).st_nlink:
                 self._save()

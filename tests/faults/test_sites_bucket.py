@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,4 +40,8 @@ def test_the_bulk_goes_through_a_bucket(endpoint: str, tmp_path: Path, monkeypat
         assert sites.model_sha256() == sha256
         logs = [*sites.folder.glob("node-*.log"), *(sites.run_folder / "logs").glob("*.log")]
         assert not [log for log in logs if SECRET in log.read_text(errors="replace")]
-        assert not (sites.run_folder / "exchange" / "traffic.json").exists()  # no blob's byte passed the gateway
+        accounts = json.loads((sites.run_folder / "exchange" / "traffic.json").read_text())
+        assert set(accounts) == set(sites.owners)
+        for account in accounts.values():
+            assert account["blob_up"] == account["blob_down"] == 0  # no blob's byte passed the gateway
+            assert account["sent_up"] > 0  # but questions and answers did

@@ -22,7 +22,7 @@ class Flow(BaseModel):
     encoded: int = Field(0, description="Whole messages: bodies and headers, also of those that carry no tensors.")
     sent: int = Field(
         0,
-        description="On the network: messages, framing, encryption, control and what was sent again; else as encoded.",
+        description="On the network (not to a bucket): messages, framing, encryption, control, what was sent again.",
     )
     stages: dict[str, int] = Field(
         default_factory=dict, description="Of the bodies, what each stage of the codec left."

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tests.support import Federation, tiny_recipe, weights
 
+from photon.aggregator import server
 from photon.aggregator.server import Aggregator
 from photon.events import Event
 from photon.link.codec.notation import parse_pipeline
@@ -94,8 +96,9 @@ def test_the_ledger_is_the_sum_of_the_messages_at_every_step_of_their_way(
     assert written == last.link.model_dump() | {"bytes_per_token": summary.link.bytes_per_token}
 
 
-def test_what_a_network_carried_is_taken_from_its_own_counters(tmp_path: Path) -> None:
-    """What it had carried before this Aggregator came is not counted again."""
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_what_a_network_carried_is_taken_from_its_own_counters(tmp_path: Path, is_resumed: bool) -> None:
+    """What it carried before the first round is the run's; what before a resume is on the ledger already, or on none."""
     federation = Federation(tmp_path, tiny_recipe(federation={"rounds": 2}))
     counters = {"ada": (5_000_000, 7_000_000), "bob": (0, 0)}
 
@@ -104,13 +107,17 @@ def test_what_a_network_carried_is_taken_from_its_own_counters(tmp_path: Path) -
         return {node: (down + 1000 * calls, up + 10 * calls) for node, (down, up) in counters.items()}
 
     federation.fabric.carried = carried  # type: ignore[method-assign, assignment]  # a network of its own for one test
+    if is_resumed:
+        federation.store.commit(federation.aggregator.state())
     federation.aggregator = Aggregator(
         federation.recipe, federation.fabric, federation.store, federation.tracker, federation.aggregator.state()
     )
-    link = federation.run().progress.link
-    assert (link.down.sent, link.up.sent) == (2 * 1000 * 9, 2 * 10 * 9)
+    with mock.patch.object(server, "_ACCOUNTS_S", 0.0):
+        link = federation.run().progress.link
+    before = (0, 0) if is_resumed else counters["ada"]
+    assert (link.down.sent, link.up.sent) == (before[0] + 2 * 1000 * 9, before[1] + 2 * 10 * 9)
     assert link.down.encoded == sum(len(message) for _, message in federation.fabric.sent)
     first, second = federation.rounds()
     assert first.round_link["bob"].down.sent == 3000
     assert first.round_link["cyd"].down.sent == 0
-    assert second.link.up.sent == 2 * 10 * 6
+    assert second.link.up.sent == before[1] + 2 * 10 * 6

@@ -98,7 +98,7 @@ def test_the_ledger_is_the_sum_of_the_messages_at_every_step_of_their_way(
 
 @pytest.mark.parametrize("is_resumed", [False, True])
 def test_what_a_network_carried_is_taken_from_its_own_counters(tmp_path: Path, is_resumed: bool) -> None:
-    """What it carried before the first round is the run's; what before a resume is on the ledger already, or on none."""
+    """What it carried before the first round is the run's; before a resume it is on the ledger already, or on none."""
     federation = Federation(tmp_path, tiny_recipe(federation={"rounds": 2}))
     counters = {"ada": (5_000_000, 7_000_000), "bob": (0, 0)}
 

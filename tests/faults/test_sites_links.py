@@ -92,9 +92,9 @@ class Line(Sites):
         return next(int(event["payload_bytes"]) for event in events if event["event"] == "run_started")
 
     def traffic(self, owner: str) -> dict[str, int]:
-        """`blob_up` and `blob_down`: bytes of blobs that crossed the gateway, as it counts them, and what was sent."""
+        """`blob_up` and `blob_down`: bytes of blobs that crossed the gateway, as it counts them."""
         accounts = json.loads((self.run_folder / "exchange" / "traffic.json").read_text())
-        return {key: count for key, count in accounts[owner].items() if isinstance(count, int)}
+        return {key: int(accounts[owner][key]) for key in ("blob_up", "blob_down")}
 
     @property
     def bases(self) -> Path:

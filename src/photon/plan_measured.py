@@ -139,7 +139,9 @@ def _rates(recipe: Recipe, sample: Mapping[str, Tensor]) -> tuple[float, float, 
     from photon.link.codec.pipeline import Pipeline
     from photon.link.tensors import encode_tensors, iterate_tensors, sha256_hex
 
-    up, down = parse_pipeline(recipe.link.up, "link.up"), parse_pipeline(recipe.link.down, "link.down")
+    up, down = (
+        parse_pipeline(getattr(recipe.link, way), f"link.{way}", recipe.link.exact_tensors) for way in ("up", "down")
+    )
     size = _size(sample)
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
     # An update is smaller than the weights and as dense: what lossless stages do to it depends on its values.
@@ -155,7 +157,7 @@ def _rates(recipe: Recipe, sample: Mapping[str, Tensor]) -> tuple[float, float, 
 
     def decoded(codec: Pipeline, body: bytes) -> Iterator[tuple[str, Tensor]]:
         for name, wire in iterate_tensors(body):
-            yield name, codec.decode(wire, tuple(sample[name].shape), torch.float32).tensor
+            yield name, codec.of(name).decode(wire, tuple(sample[name].shape), torch.float32).tensor
 
     def decode() -> None:
         sha256_hex(received)
@@ -180,8 +182,16 @@ def _rates(recipe: Recipe, sample: Mapping[str, Tensor]) -> tuple[float, float, 
         if down.labels:
             encoded(down)
 
+    disk = _disk_rate(size, encode_tensors(sample))
+    return _rate(size, decode), _rate(size, encode), _rate(size, merge), _rate(size, step), disk
+
+
+def _disk_rate(size_bytes: int, base: bytes) -> float:
+    """Bytes per second of a state that is hashed, written and made durable, in the folder at hand."""
+    from photon.link.tensors import sha256_hex
+
     with tempfile.TemporaryDirectory(prefix=".photon-plan-", dir=Path.cwd()) as folder:
-        path, base = Path(folder) / "state", encode_tensors(sample)
+        path = Path(folder) / "state"
 
         def write() -> None:
             sha256_hex(base)
@@ -190,8 +200,7 @@ def _rates(recipe: Recipe, sample: Mapping[str, Tensor]) -> tuple[float, float, 
                 file.flush()
                 os.fsync(file.fileno())
 
-        disk = _rate(size, write)
-    return _rate(size, decode), _rate(size, encode), _rate(size, merge), _rate(size, step), disk
+        return _rate(size_bytes, write)
 
 
 def _rate(size_bytes: int, work: Callable[[], object]) -> float:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from photon.aggregator.norms import squares_of
 from photon.config import FederationConfig
 from photon.errors import StateError
 
@@ -78,8 +79,8 @@ class OuterOptimizer:
                 part, before = flat[piece], weight[piece].clone()
                 kept = {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
                 self._rule.move(weight[piece], part, kept)
-                gradient_squares += _squares(part)
-                moved_squares += _squares(before.sub_(weight[piece]))
+                gradient_squares += squares_of(part)
+                moved_squares += squares_of(before.sub_(weight[piece]))
             seen.append(name)
         if sorted(seen) != sorted(self._weights):
             raise ValueError("the pseudo-gradient does not have every tensor of the model once")
@@ -182,7 +183,3 @@ def _yogi(lr: float, betas: tuple[float, float], eps: float, weight: Tensor, gra
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _squares(tensor: Tensor) -> float:
-    return float(tensor.to(torch.float64, copy=True).square_().sum())

@@ -40,7 +40,7 @@ from photon.node.base import Bases, LacksBaseError
 from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
-from photon.node.trainer import Trainer
+from photon.node.trainer import LocalRun, Trainer
 from photon.stopwatch import Stopwatch
 
 Order = Literal["go", "hand in", "drop"]
@@ -199,20 +199,7 @@ class Node:
             steps=state.steps + local.steps,
             optimizer=state_views(self.trainer.optimizer, self.trainer.model) if keep else {},
         )
-        report = TrainingReport(
-            tokens=local.tokens,
-            steps=local.steps,
-            loss_first=local.loss_first,
-            loss_last=local.loss_last,
-            loss_mean=local.loss_mean,
-            gradient_norm_mean=local.gradient_norm_mean,
-            clipped_steps=local.clipped_steps,
-            learning_rate=local.learning_rate_last,
-            seconds=local.seconds,
-            epoch=self.site.stream.epoch(after.position),
-            receive_s=watch.seconds["receive"],
-            encode_s=watch.seconds["encode"],
-        )
+        report = _report(local, self.site.stream.epoch(after.position), watch)
         outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
@@ -260,6 +247,23 @@ class Node:
             evaluation=evaluation,
         )
         return seal(header, body)
+
+
+def _report(local: LocalRun, epoch: float, watch: Stopwatch) -> TrainingReport:
+    return TrainingReport(
+        tokens=local.tokens,
+        steps=local.steps,
+        loss_first=local.loss_first,
+        loss_last=local.loss_last,
+        loss_mean=local.loss_mean,
+        gradient_norm_mean=local.gradient_norm_mean,
+        clipped_steps=local.clipped_steps,
+        learning_rate=local.learning_rate_last,
+        seconds=local.seconds,
+        epoch=epoch,
+        receive_s=watch.seconds["receive"],
+        encode_s=watch.seconds["encode"],
+    )
 
 
 def failure_reply(data: Serialised, node: str, error: str) -> Sealed:

@@ -34,8 +34,10 @@ from photon.model.base import LanguageModel
 from photon.model.build import build_model, load_weights, named_weights
 from photon.node.base import Bases
 from photon.node.node import HeldOut, Node, Site, failure_reply
+from photon.node.optimizers import build_optimizer, shared_tensors
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
+from photon.parts.method import Method
 from photon.track import JsonlSink, Tracker, read_events, truncate_to
 
 RUN = "run-of-a-test"
@@ -183,16 +185,17 @@ class Federation:
         keep = recipe.checkpoint
         self.folder, self.recipe, self.dtype = folder, recipe, dtype
         self.sites = sites or {silo.name: self._site(silo.name) for silo in recipe.silo}
-        shared = self._trainer()
+        trainer = self._trainer()
         self.bases = {name: folder / "bases" / ("" if share_disk else name) for name in self.sites}
-        untold = named_weights(new_model(recipe, dtype))
+        method = Method.of(recipe)
+        untold = decode_tensors(untrained(recipe, dtype).payload)
         self.nodes = {
             name: Node(
                 RUN,
                 site,
-                shared if share_trainer else self._trainer(),
+                trainer if share_trainer else self._trainer(),
                 recipe,
-                Bases.of_run(self.bases[name], recipe.link, untold),
+                Bases.of_run(self.bases[name], recipe.link, untold, method.is_partial),
             )
             for name, site in self.sites.items()
         }
@@ -236,7 +239,8 @@ class Federation:
         return Site(name, self.recipe.batch_size_of(silo), cast(Stream, text), text.heldout(), store)
 
     def _trainer(self) -> Trainer:
-        return Trainer(new_model(self.recipe, self.dtype), self.recipe.node, CPU, self.recipe.total_steps)
+        model, method = new_model(self.recipe, self.dtype), Method.of(self.recipe)
+        return Trainer(model, self.recipe.node, CPU, self.recipe.total_steps, method)
 
 
 def _handler(node: Node) -> Handler:
@@ -258,7 +262,9 @@ def new_model(recipe: Recipe, dtype: torch.dtype = torch.float32) -> LanguageMod
 
 def untrained(recipe: Recipe, dtype: torch.dtype = torch.float32) -> GlobalState:
     """The state before round 0."""
-    return GlobalState(Progress(RUN), encode_tensors(named_weights(new_model(recipe, dtype))), {})
+    model, method = new_model(recipe, dtype), Method.of(recipe)
+    optimizer = method.optimizer(model, recipe.node, CPU) or build_optimizer(model, recipe.node, CPU)
+    return GlobalState(Progress(RUN), encode_tensors(shared_tensors(model, optimizer, method.shared_state)), {})
 
 
 def local_sgd(recipe: Recipe, base: Mapping[str, Tensor], node: str, position: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,9 @@ from photon.config import (
     SiloConfig,
     TrackConfig,
 )
+from photon.errors import ConfigError
 from photon.options import TOP, options_of, section_types
+from photon.recipe import load_recipe
 
 # Recipes on other people's disks hold these names. Removing or renaming one breaks them: say so in the change log,
 # and then change this list.
@@ -48,6 +50,7 @@ FROZEN = [
     "data.sequence_length",
     "data.heldout_fraction",
     "data.max_bytes_per_silo",
+    "data.partition",
     "data.build_workers",
     "node.batch_size",
     "node.micro_batch_size",
@@ -75,6 +78,7 @@ FROZEN = [
     "federation.tau",
     "federation.nodes_per_round",
     "federation.oversample",
+    "federation.dropout",
     "federation.balance",
     "federation.weighting",
     "federation.outer",
@@ -82,6 +86,7 @@ FROZEN = [
     "federation.outer_momentum",
     "federation.outer_betas",
     "federation.outer_eps",
+    "federation.parts",
     "federation.quorum",
     "federation.grace_s",
     "federation.deadline_s",
@@ -164,6 +169,7 @@ def test_sections_are_closed_and_immutable() -> None:
         (DataConfig, {"vocab_size": 256}),
         (FederationConfig, {"quorum": 0}),
         (FederationConfig, {"tau": 0}),
+        (FederationConfig, {"dropout": 1}),
         (SiloConfig, {"name": "a/b", "text": "x"}),
         (SiloConfig, {"name": ".hidden", "text": "x"}),
         (SiloConfig, {"name": "a\n", "text": "x"}),
@@ -192,11 +198,28 @@ def test_integers_are_numbers() -> None:
         ({"silo": [{"name": "a", "text": "x", "weights": [1, 1]}]}, "2 weights for 1 sources"),
         ({"silo": [{"name": "a", "text": "x", "weights": [0]}]}, "not all zero"),
         ({"silo": [{"name": "a", "text": ["x", "y"], "weights": [2, -1]}]}, "must be >= 0"),
+        (
+            {"data": {"partition": "iid"}, "link": {"fabric": "flower"}},
+            'must all be on one machine: .*fabric = "local"',
+        ),
+        ({"data": {"partition": "iid"}, "silo": [*SILOS, {"name": "c"}]}, "silo c has no text here: name it"),
+        (
+            {"data": {"partition": "iid"}, "silo": [*SILOS, {"name": "c", "text": ["x", "y"], "weights": [1, 2]}]},
+            "one source then: leave out weights of silo c",
+        ),
     ],
 )
 def test_rules_between_options(sections: dict[str, Any], text: str) -> None:
     with pytest.raises(ValidationError, match=text):
         recipe(**sections)
+
+
+def test_a_pool_needs_one_machine_and_by_owner_nothing_of_that_is_asked() -> None:
+    assert recipe(data={"partition": "iid"}).data.partition == "iid"
+    elsewhere = [*SILOS, {"name": "c"}, {"name": "d", "text": "x", "weights": [1]}]
+    assert recipe(link={"fabric": "flower"}, silo=elsewhere).data.partition == "owner"
+    with pytest.raises(ConfigError, match="it must all be on one machine"):  # as `photon aggregator` loads it
+        load_recipe("demo", ["data.partition=iid", "link.fabric=flower"])
 
 
 def test_an_odd_head_width_is_fine_without_rope() -> None:

@@ -249,9 +249,10 @@ def imports(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("aggregator", {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "stopwatch", "track"}),
-        ("node", {"node", "config", "data", "durable", "errors", "events", "link", "model", "stopwatch"}),
-        ("link", {"link", "config", "errors"}),
+        ("aggregator", {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "parts", "stopwatch", "track"}),
+        ("node", {"node", "config", "data", "durable", "errors", "events", "link", "model", "parts", "stopwatch"}),
+        ("parts", {"parts", "config", "errors", "notation"}),
+        ("link", {"link", "config", "errors", "notation"}),
         ("data", {"data", "config", "errors"}),
         ("model", {"model", "config", "errors"}),
         ("config.py", set()),

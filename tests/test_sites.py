@@ -194,3 +194,21 @@ def test_a_baseline_of_a_sampled_federation_trains_as_many_tokens(silos: dict[st
     runs = [open_run(tmp_path / str(i), recipe, one_each)[0] for i, recipe in enumerate(recipes)]
     ours, theirs = (run.run().progress.tokens for run in runs)
     assert ours == theirs
+
+
+def test_the_baseline_of_dealt_text_takes_from_every_share_alike(silos: dict[str, SiloData], tmp_path: Path) -> None:
+    """With `data.partition = "iid"` a node has one source, its share; the baseline mixes those as the nodes train."""
+    options = {"rounds": 3, "tau": 2}
+    made = [
+        tiny_recipe(list(SIZES), data={"partition": "iid"}, federation={**options, "outer": outer})
+        for outer in ("fedavg", "none")
+    ]
+    shares = {name: SiloData(name, silo.folder, silo.sources[:1]) for name, silo in silos.items()}
+    runs = [open_run(tmp_path / str(i), recipe, shares) for i, recipe in enumerate(made)]
+    (ours, files), (theirs, with_pooled) = runs
+    assert [(file.weights, len(file.sources)) for file in files] == [(None, 1)] * 3
+    pooled = with_pooled[-1]
+    stream = Stream([ShardReader(source) for source in pooled.sources], pooled.weights, LENGTH, 5, POOLED)
+    assert stream.counts(3 * 2 * 6).tolist() == [12, 12, 12]  # rounds x tau x three batches of two
+    assert ours.run().progress.tokens == theirs.run().progress.tokens
+    assert [event.pooled.tokens for event in ours.evaluations()] == [e.pooled.tokens for e in theirs.evaluations()]

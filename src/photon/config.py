@@ -102,6 +102,11 @@ class DataConfig(Section):
     max_bytes_per_silo: Positive | None = Field(
         None, description="Read so much of a silo's text, shared by its sources."
     )
+    partition: Literal["owner", "iid"] = Field(
+        "owner",
+        description="Whose documents a node holds: its owner's, or an equal random share of all silos' (studies on one "
+        "machine only: text leaves its owner).",
+    )
     build_workers: Positive | Auto = Field("auto", description="Threads that tokenise (auto = number of cores).")
 
     @field_validator("tokenizer_text", mode="before")
@@ -149,6 +154,12 @@ class FederationConfig(Section):
         le=4,
         description="Ask this share of K more nodes to train; the first K usable replies make the round.",
     )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Study's tool: each sampled node misses the round with this probability; at least one stays.",
+    )
     balance: Literal["none", "time"] = Field(
         "none", description="time = slower nodes take fewer than tau local steps, so that all finish together."
     )
@@ -161,6 +172,9 @@ class FederationConfig(Section):
     outer_momentum: Decay = Field(0.9, description="momentum, nesterov.")
     outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
     outer_eps: float = Field(1e-8, gt=0, description="adam, yogi.")
+    parts: list[str] = Field(
+        [], description="What is added to FedAvg, in this order, such as share(second=6) or fedprox(mu=0.01)."
+    )
     quorum: float = Field(1.0, gt=0, le=1, description="Share of K that must answer with something usable.")
     grace_s: float = Field(30.0, ge=0, description="After the quorum is met, wait this long for the others.")
     deadline_s: float = Field(6 * 3600.0, gt=0, description="A node's time to answer a task.")
@@ -169,6 +183,16 @@ class FederationConfig(Section):
     )
     norm_bound: bool = Field(True, description="Refuse an update far longer than those of the last rounds.")
     suspend_after: int = Field(3, ge=0, description="Refused replies after which a node is no longer asked; 0 = never.")
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def sequential_steps(self) -> int:
+        """Steps after which a run is over. With a tau that varies the number of rounds varies, not this."""
+        return self.rounds * self.tau
 
 
 class LinkConfig(Section):
@@ -296,6 +320,23 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pool_is_here(self) -> Self:
+        if self.data.partition == "owner":
+            return self
+        what = 'data.partition = "iid" deals all silos\' text among the nodes'
+        if self.link.fabric != "local":
+            raise ValueError(
+                f'{what}, so it must all be on one machine: use link.fabric = "local" (photon train), or partition = '
+                '"owner", where text stays with its owner'
+            )
+        for silo in self.silo:
+            if not silo.text:
+                raise ValueError(f"{what}, and silo {silo.name} has no text here: name it, or leave the silo out")
+            if silo.weights is not None:
+                raise ValueError(f"{what}, each of which has one source then: leave out weights of silo {silo.name}")
+        return self
+
     @property
     def nodes_per_round(self) -> int:
         """K, the nodes sampled each round."""
@@ -304,7 +345,7 @@ class Recipe(Section):
     @property
     def total_steps(self) -> int:
         """Length of the learning-rate schedule in sequential steps."""
-        return self.node.total_steps or self.federation.rounds * self.federation.tau
+        return self.node.total_steps or self.federation.sequential_steps
 
     def batch_size_of(self, silo: SiloConfig) -> int:
         """Sequences per local step at this owner."""

@@ -81,6 +81,10 @@ def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe
     if problems:
         raise ConfigError("\n".join(problems))
     check_codecs(recipe.link)
+    if recipe.federation.parts:
+        from photon.parts.method import check_parts  # here, because it brings torch: plain recipes need none
+
+        check_parts(recipe)
     return recipe
 
 

@@ -35,6 +35,7 @@ from photon.model.generate import generate
 from photon.model.hf import export
 from photon.node.device import WorkerPlan, available_cores, plan_workers, resolve_devices
 from photon.node.state import NodeStore
+from photon.parts.method import Method
 from photon.recipe import dump_recipe, load_recipe
 from photon.report import write_report
 from photon.runfolder import Identity, RunFolder
@@ -205,6 +206,13 @@ def write_results(folder: RunFolder) -> Summary:
 
 
 def _untrained(run: Run, model: LanguageModel) -> GlobalState:
+    kinds = Method.of(run.recipe).shared_state
+    if kinds:
+        from photon.node.optimizers import build_optimizer, shared_tensors  # here: it brings torch's compiler, 80 MB
+
+        optimizer = Method.of(run.recipe).optimizer(model, run.recipe.node, torch.device("cpu"))
+        optimizer = optimizer or build_optimizer(model, run.recipe.node, torch.device("cpu"))
+        return GlobalState(Progress(run.identity.run), encode_tensors(shared_tensors(model, optimizer, kinds)), {})
     return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from photon.aggregator import drift
-from photon.aggregator.drift import pairwise_cosine, sample_update
+from photon.aggregator.drift import mean_cosine, pairwise_cosine, sample_update
 
 
 def update(seed: int, shapes: dict[str, tuple[int, ...]], scale: float = 1e-3) -> dict[str, Tensor]:
@@ -17,10 +17,7 @@ def update(seed: int, shapes: dict[str, tuple[int, ...]], scale: float = 1e-3) -
 
 
 def samples(updates: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        node: sample_update(tensors.items(), sum(t.numel() for t in tensors.values()))
-        for node, tensors in updates.items()
-    }
+    return {node: sample_update(tensors.items(), tensors) for node, tensors in updates.items()}
 
 
 def exact(updates: dict[str, dict[str, Tensor]]) -> np.ndarray:
@@ -75,9 +72,22 @@ def test_a_sample_stays_small_and_near_the_whole(monkeypatch: pytest.MonkeyPatch
     assert error(pairwise_cosine(aligned)) > 0.3
 
 
+def test_shared_optimizer_state_is_no_part_of_the_sample() -> None:
+    weights, state = {"w": torch.ones(3)}, {"w/exp_avg": torch.full((3,), -1.0)}
+    assert torch.equal(sample_update((weights | state).items(), weights | state), torch.ones(3))
+    assert sample_update(state.items(), state).numel() == 0
+
+
+def test_the_mean_cosine_is_over_pairs() -> None:
+    east, north, west = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), torch.tensor([-1.0, 0.0])
+    assert mean_cosine({"a": east}) is None
+    assert mean_cosine({"a": east, "b": west}) == -1
+    assert mean_cosine({"a": east, "b": north, "c": west}) == pytest.approx(-1 / 3)
+
+
 def test_the_sample_of_every_node_is_of_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "SAMPLE_VALUES", 100)
     places = {"w": torch.arange(1000.0).reshape(10, 100), "v": torch.arange(1000.0, 1500.0)}
-    first, second = sample_update(places.items(), 1500), sample_update(places.items(), 1500)
+    first, second = sample_update(places.items(), places), sample_update(places.items(), places)
     assert torch.equal(first, second)
     assert len(set(first.tolist())) == len(first)

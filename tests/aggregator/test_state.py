@@ -144,8 +144,9 @@ def test_set_aside_and_go_on_from_an_older_round(tmp_path: Path) -> None:
 
 
 def test_progress_moves_by_one_round() -> None:
-    after = state(2).progress.after_round(96, 500)
+    after = state(2).progress.after_round(96, 500, 0.25)
     assert (after.round, after.sequential_step, after.tokens) == (3, 96, 2500)
+    assert after.agreement == 0.25
     assert (after.run, after.link, after.seconds) == ("r", state(2).progress.link, 3.25)
     assert (after.message_from, after.holders) == (state(2).progress.message_from, state(2).progress.holders)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -82,6 +83,29 @@ def test_the_same_recipe_gives_the_same_bytes_elsewhere(root: Path) -> None:
     for one, other in zip(shard_paths(first), shard_paths(second), strict=True):
         assert one.name == other.name
         assert {k: v[0] for k, v in snapshot(one).items()} == {k: v[0] for k, v in snapshot(other).items()}
+
+
+def test_the_name_of_an_owners_shards_is_what_it_always_was(root: Path) -> None:
+    """Data folders on other people's disks are found again: no option that leaves shards alone is in their name."""
+    prepared = prepare(recipe({"ann": ["ann", "bob"]}, max_bytes_per_silo=3000), root)
+    for spec, folder in zip(("ann", "bob"), prepared.silos["ann"].sources, strict=True):
+        files = [(path, path.stat()) for path in sorted((root / spec).iterdir())]
+        known = {
+            "version": 1,
+            "origin": {
+                "source": spec, "field": "text", "fingerprint": "", "heldout_fraction": 0.05, "sequence_length": 16,
+                "max_bytes": 1500,
+            },
+            "text": {
+                "spec": spec,
+                "field": "text",
+                "files": [[f"{spec}/{path.name}", status.st_size, status.st_mtime_ns] for path, status in files],
+            },
+            "tokenizer": prepared.tokenizer.sha256,
+        }  # fmt: skip
+        assert folder.name == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    explicit = prepare(recipe({"ann": ["ann", "bob"]}, max_bytes_per_silo=3000, partition="owner"), root)
+    assert shard_paths(explicit) == shard_paths(prepared)
 
 
 @pytest.mark.parametrize(

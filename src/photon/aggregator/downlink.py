@@ -11,7 +11,7 @@ model, exact. Of the untrained model nothing is sent: everybody makes it from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -54,12 +54,13 @@ class Downlink:
         link: LinkConfig,
         state: Mapping[str, Tensor] | None = None,
         holders: Mapping[str, str] | None = None,
+        is_partial: bool = False,
     ) -> None:
         self._codec = parse_pipeline(link.down, "link.down", link.exact_tensors)
         self._decay = link.down_feedback
-        self.is_exact = not self._codec.labels
+        self.is_exact = not self._codec.labels and not is_partial
         self.is_lossy = not self._codec.is_lossless
-        self.sends_differences = self.is_lossy and link.of == "difference"
+        self.sends_differences = is_partial or (self.is_lossy and link.of == "difference")
         self.sends_other_weights = self.is_lossy and not self.sends_differences and self._decay > 0
         self.memory = {name: tensor for name, tensor in (state or {}).items() if not name.startswith(_EXACT)}
         self.holders = dict(holders or {})
@@ -87,14 +88,21 @@ class Downlink:
             yield name, state.get(_EXACT + name, tensor)
 
     def advance(
-        self, weights: Mapping[str, Tensor], base: Body, base_sha256: str, seed: str
+        self,
+        weights: Mapping[str, Tensor],
+        base: Body,
+        base_sha256: str,
+        seed: str,
+        moved: Collection[str] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """The base after `base`, which is `weights` as far as the codec gets them across: tensors in writing order.
 
+        Only the tensors in `moved` (all, if None) have changed since; where differences are sent, only they are told.
         `message` is the new one from then on. With a decay below 1 a share of what was left out is taken from
         `weights` too, in place, tensor by tensor as they are given.
         """
-        wire = self._encode(weights, base, seed)
+        told = weights.keys() if moved is None or not self.sends_differences else moved
+        wire = self._encode(weights, base, seed, told)
         self.message = encode_tensors(wire)
         self._message_sha256 = sha256_hex(self.message)
         self.message_from = base_sha256 if self.sends_differences else ""
@@ -102,23 +110,25 @@ class Downlink:
         rebuild = partial(changed, base) if self.sends_differences else partial(rebuilt, weights)
         tensors = rebuild(wire, self._codec, self.stage_bytes)
         for name, tensor in tensors:
-            if self.is_lossy and self._decay < 1:
+            if self.is_lossy and self._decay < 1 and name in told:
                 if self._decay:
                     weights[name].sub_(tensor).mul_(self._decay).add_(tensor)
                 else:
                     weights[name].copy_(tensor)  # to the last bit: the sum above loses the sign of a zero
             yield name, tensor
 
-    def _encode(self, weights: Mapping[str, Tensor], base: Body, seed: str) -> dict[str, Tensor]:
-        """Every tensor, or what it differs by from the base, as it travels; one of them is in memory in full."""
+    def _encode(self, weights: Mapping[str, Tensor], base: Body, seed: str, told: Collection[str]) -> dict[str, Tensor]:
+        """Every tensor that is told, or what it differs by from the base, as it travels; one is in memory in full."""
+        subtracts = self.sends_differences and self.is_lossy
 
         def inputs() -> Iterator[tuple[str, Tensor]]:
             for name, old in iterate_tensors(base):
-                yield name, torch.sub(weights[name].float(), old.float()) if self.sends_differences else weights[name]
+                if name in told:
+                    yield name, torch.sub(weights[name].float(), old.float()) if subtracts else weights[name]
 
         survey = self._codec.survey(inputs)
         wire: dict[str, Tensor] = {}
-        memory: dict[str, Tensor] = {}
+        memory = {} if len(told) == len(weights) else dict(self.memory)  # of what is not told, as it was
         for name, tensor in inputs():
             encoded = self._codec.of(name).encode(
                 tensor, tensor_seed(seed, name), survey, stage_memory(self.memory, name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from photon.aggregator.norms import squares_of
 from photon.config import FederationConfig
 from photon.errors import StateError
+from photon.parts.method import is_state
 
 _CHUNK_ELEMENTS = 2**16  # bounds the temporaries of a step to 512 KiB each, which a CPU's cache holds
 _STEP = "step"
@@ -58,22 +59,34 @@ class OuterOptimizer:
     def __init__(self, weights: Iterable[tuple[str, Tensor]], federation: FederationConfig) -> None:
         self._weights = {name: _copy(tensor) for name, tensor in weights}
         self._rule = _rule(federation)
+        self._names = frozenset(self._weights)
         self._state: dict[str, dict[str, Tensor]] = {}
 
     def weights(self) -> dict[str, Tensor]:
         """The global model; these tensors are what `step` moves."""
         return dict(self._weights)
 
+    def follow(self, federation: FederationConfig, names: Iterable[str]) -> None:
+        """How the next step is taken, and which tensors it moves; at first, as the recipe says, all of them."""
+        self._rule = _rule(federation)
+        self._names = frozenset(names)
+
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
         """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
 
-        Raises ValueError unless it has every name once, KeyError on a name that the model lacks: the model is spoilt
-        then.
+        Optimizer state that is shared becomes the mean of the nodes'. Raises ValueError unless it has every name once
+        that is to be moved, KeyError on a name that the model lacks: the model is spoilt then. The norms are those of
+        the weights.
         """
         gradient_squares = moved_squares = 0.0
         seen: list[str] = []
         for name, gradient in pseudo_gradient:
-            weight, flat, state = self._weights[name].view(-1), gradient.reshape(-1), self._state_of(name)
+            seen.append(name)
+            weight, flat = self._weights[name].view(-1), gradient.reshape(-1)
+            if is_state(name):
+                _descend(1.0, weight, flat, {})
+                continue
+            state = self._state_of(name)
             for begin in range(0, weight.numel(), _CHUNK_ELEMENTS):
                 piece = slice(begin, begin + _CHUNK_ELEMENTS)
                 part, before = flat[piece], weight[piece].clone()
@@ -81,9 +94,8 @@ class OuterOptimizer:
                 self._rule.move(weight[piece], part, kept)
                 gradient_squares += squares_of(part)
                 moved_squares += squares_of(before.sub_(weight[piece]))
-            seen.append(name)
-        if sorted(seen) != sorted(self._weights):
-            raise ValueError("the pseudo-gradient does not have every tensor of the model once")
+        if sorted(seen) != sorted(self._names):
+            raise ValueError("the pseudo-gradient does not have every tensor once that is to be moved")
         return Stepped(math.sqrt(gradient_squares), math.sqrt(moved_squares))
 
     def export_state(self) -> dict[str, Tensor]:
@@ -111,14 +123,13 @@ class OuterOptimizer:
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
         """The state of a parameter for its next step; new if this is its first."""
-        if name not in self._state:
-            weight = self._weights[name]
-            self._state[name] = {kind: torch.full_like(weight, value) for kind, value in self._rule.state.items()}
-            if self._rule.counts:
-                self._state[name][_STEP] = torch.zeros(())
+        kept, weight = self._state.setdefault(name, {}), self._weights[name]
+        for kind, value in self._rule.state.items():
+            if kind not in kept:
+                kept[kind] = torch.full_like(weight, value)
         if self._rule.counts:
-            self._state[name][_STEP] += 1
-        return self._state[name]
+            kept.setdefault(_STEP, torch.zeros(())).add_(1)
+        return kept
 
 
 def _rule(federation: FederationConfig) -> Rule:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,13 +14,13 @@ from photon.aggregator.allocator import return_freed_memory
 from photon.aggregator.assemble import RollCall, assemble
 from photon.aggregator.balance import local_steps, measured
 from photon.aggregator.downlink import Downlink, Told
-from photon.aggregator.drift import pairwise_cosine, sample_update
+from photon.aggregator.drift import mean_cosine, sample_update
 from photon.aggregator.exchange import Exchange, Patience, quorum_of
 from photon.aggregator.merge import Merge
 from photon.aggregator.norms import NormBound, remember
-from photon.aggregator.outer import OuterOptimizer, Stepped
-from photon.aggregator.record import node_round
-from photon.aggregator.sampling import sample_with_spares
+from photon.aggregator.outer import OuterOptimizer
+from photon.aggregator.record import Merged, round_event
+from photon.aggregator.sampling import Draw, draw_round
 from photon.aggregator.scores import Tally
 from photon.aggregator.state import GlobalState, RoundStore
 from photon.aggregator.trust import Trust
@@ -28,31 +28,18 @@ from photon.aggregator.updates import UpdateReader
 from photon.aggregator.validate import evaluation_report, training_report, verify_norm, verify_training
 from photon.config import Recipe
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
-from photon.events import Evaluated, RoundDone
+from photon.events import Evaluated
 from photon.fabric.base import Fabric, NodeInfo
 from photon.link.body import Body
 from photon.link.ledger import Flow, Ledger, Traffic
 from photon.link.tensors import decode_tensors, streamed_chunks, tensor_chunks
-from photon.link.update import Task, TrainingReport, expect_reply
+from photon.link.update import Task, expect_reply
+from photon.parts.base import Moment
+from photon.parts.method import Method
 from photon.stopwatch import Stopwatch
 from photon.track import Tracker
 
 _ACCOUNTS_S = 1.5  # the gateway's accounts are at most so old
-
-
-@dataclass
-class _Merged:
-    """What a round's replies add up to. The pseudo-gradient is made as it is read, once."""
-
-    pseudo_gradient: Iterable[tuple[str, Tensor]] = ()
-    reports: dict[str, TrainingReport] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, Tensor] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    accepted: dict[str, tuple[float, int]] = field(default_factory=dict)  # as the norm history keeps them
-    tally: Tally = field(default_factory=Tally)
-    merge_s: float = 0.0
 
 
 class Aggregator:
@@ -73,9 +60,12 @@ class Aggregator:
         return_freed_memory()  # before the first tensor of many
         self.recipe, self.fabric, self.store, self.tracker = recipe, fabric, store, tracker
         self.progress = state.progress
+        self.method = Method.of(recipe)
         self.outer = OuterOptimizer(Downlink.exact_weights(state.downlink, state.payload), recipe.federation)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self.outer.weights().items()}
+        self._follow_method()
         self.outer.import_state(state.outer)
-        self.downlink = Downlink(recipe.link, state.downlink, state.progress.holders)
+        self.downlink = Downlink(recipe.link, state.downlink, state.progress.holders, self.method.is_partial)
         self.downlink.restore(state.message, state.progress)
         self.reader = UpdateReader.of(recipe.link)
         self.payload: Body = state.payload
@@ -93,16 +83,28 @@ class Aggregator:
         self.trust.announce()
         if not self.store.rounds():
             self._commit()  # round 0: the untrained model
-        while self.progress.round < self.recipe.federation.rounds:
+        while not self._is_over():
             self._round()
-            if self.progress.round == self.recipe.federation.rounds:
+            if self._is_over():
                 self._final_evaluation()
             self._commit()
         return self.state()
 
+    def _is_over(self) -> bool:
+        return self.progress.sequential_step >= self.recipe.federation.sequential_steps
+
+    def _follow_method(self) -> None:
+        """What the method makes of the round that begins: its options, and the tensors that it exchanges."""
+        progress, steps = self.progress, self.recipe.federation.sequential_steps
+        moment = Moment(progress.round, progress.sequential_step, steps, progress.agreement)
+        self.federation = self.method.federation(self.recipe.federation, moment)
+        self.exchanged = self.method.exchanged(self._shapes, progress.round)
+        self.outer.follow(self.federation, self.exchanged)
+
     def _round(self) -> None:
         began = time.monotonic()
         self.ledger.begin_round()
+        self._follow_method()
 
         # 1. See who is there. Whom an operator has readmitted belongs to the run again; who is absent is waited for.
         self.trust.readmit()
@@ -121,8 +123,9 @@ class Aggregator:
         stepping = time.monotonic()
         stepped = self.outer.step(merged.pseudo_gradient)
         self.payload, self.model_sha256 = self._next_base()
-        tokens = sum(report.tokens for report in merged.reports.values())
-        self.progress = self.progress.after_round((self.progress.round + 1) * self.recipe.federation.tau, tokens)
+        self.progress = self.progress.after_round(
+            self.progress.sequential_step + self.federation.tau, merged.tokens, mean_cosine(merged.samples)
+        )
 
         # 4. Remember how nodes behaved and say what happened; `run` commits. (This round's commit is not over when its
         #    line is written.)
@@ -136,7 +139,8 @@ class Aggregator:
             "outer": outer_s,
             "commit of the round before": self._commit_s,
         }
-        self.tracker.write(self._round_event(merged, stepped, phases_s))
+        seen = replace(self.progress, seconds=self._seconds())
+        self.tracker.write(round_event(seen, self.ledger, merged, stepped, self.trust.suspended, phases_s))
 
     @property
     def _nodes_per_round(self) -> int:
@@ -150,14 +154,14 @@ class Aggregator:
         self._absent = frozenset(call.missing({info.name for info in present if info.trains}))
         return present
 
-    def _sample(self, present: list[NodeInfo]) -> list[NodeInfo]:
-        trainers = {info.name: info for info in present if info.trains}
-        seed, oversample = self.recipe.seed, self.recipe.federation.oversample
-        names = sample_with_spares(seed, self.progress.round, list(trainers), self._nodes_per_round, oversample)
-        return [trainers[name] for name in names]
+    def _sample(self, present: list[NodeInfo]) -> Draw:
+        trainers = [info.name for info in present if info.trains]
+        return draw_round(self.recipe, self.progress.round, trainers, self._nodes_per_round)
 
-    def _gather(self, nodes: list[NodeInfo], present: list[NodeInfo]) -> _Merged:
-        """Train on `nodes` and merge. Raises RoundFailedError if fewer than the quorum can be used."""
+    def _gather(self, draw: Draw, present: list[NodeInfo]) -> Merged:
+        """Train on the nodes drawn and merge. Raises RoundFailedError if fewer than the quorum can be used."""
+        left = {info.name: info for info in present if info.name not in draw.dropped}
+        nodes, present = [left[name] for name in draw.asked], list(left.values())
         tasks = self._tasks(nodes, present)
         limits = {info.name: info.tokens_per_step for info in nodes}
         heldout_limits = {info.name: info.evaluation_tokens for info in present}
@@ -165,8 +169,8 @@ class Aggregator:
         base = self._base()
         bound = NormBound(self.progress.norms, base, self.progress.sequential_step, self.recipe.node.warmup_steps)
         merge = Merge(base, len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in limits))
-        merged = _Merged()
-        exchange = self._exchange(self._nodes_per_round)
+        merged = Merged()
+        exchange = self._exchange(draw.nodes)
         exchange.send({name: self._told(task) for name, task in tasks.items()})
         watch = Stopwatch()
         for task, message in watch.split(exchange.replies(), "nodes", "merge"):
@@ -192,9 +196,10 @@ class Aggregator:
             merge.fold(self.reader.read(message, base), 1 if uniform else report.tokens)
             merged.reports[node], merged.norms[node] = report, norm
             merged.accepted[node] = bound.entry(norm, report.steps)
-            merged.samples[node] = sample_update(self.reader.read(message, base), _values(base))
+            merged.samples[node] = sample_update(self.reader.read(message, base), base)
             del message, reply  # freed before the next one arrives, not after
-        merged.missing, merged.refused, merged.merge_s = exchange.missing, exchange.refused, watch.seconds["merge"]
+        merged.missing, merged.refused = draw.dropped | exchange.missing, exchange.refused
+        merged.merge_s = watch.seconds["merge"]
         if not exchange.quorum_is_met:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(exchange.missing.items()))
             raise RoundFailedError(
@@ -207,7 +212,8 @@ class Aggregator:
 
     def _base(self) -> Mapping[str, Tensor]:
         """What updates are taken from; of local weights, where that is not the exact model, what nodes hold."""
-        return decode_tensors(self.payload) if self.downlink.sends_other_weights else self.outer.weights()
+        base = decode_tensors(self.payload) if self.downlink.sends_other_weights else self.outer.weights()
+        return {name: base[name] for name in self.exchanged}
 
     @property
     def _bounds_norms(self) -> bool:
@@ -216,7 +222,7 @@ class Aggregator:
 
     def _taus(self, nodes: list[NodeInfo]) -> dict[str, int]:
         """Local steps of each sampled node: its silo's own tau, else by its speed if that is asked for, else tau."""
-        federation = self.recipe.federation
+        federation = self.federation
         own = {silo.name: silo.tau for silo in self.recipe.silo if silo.tau is not None}
         others = [info.name for info in nodes if info.name not in own]
         speeds = self.progress.seconds_per_step if federation.balance == "time" else {}
@@ -230,7 +236,7 @@ class Aggregator:
         others = [info.name for info in present if info.evaluates and info.name not in tasks] if due else []
         return tasks | {name: self._task(name, 0, evaluate=True) for name in others}
 
-    def _remember(self, merged: _Merged) -> None:
+    def _remember(self, merged: Merged) -> None:
         """What later rounds judge nodes by; committed with this one."""
         self.trust.charge(self.progress.round - 1, merged.refused)
         self.progress = replace(
@@ -341,7 +347,7 @@ class Aggregator:
         if self.downlink.is_exact:
             return self.store.draft_model(tensor_chunks(weights))
         seed = f"{self.recipe.seed}/down/{self.progress.round + 1}"
-        tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed)
+        tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed, self.exchanged)
         return self.store.draft_model(streamed_chunks(weights, tensors))
 
     def _read_network(self) -> None:
@@ -351,37 +357,6 @@ class Aggregator:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._clock_zero
-
-    def _round_event(self, merged: _Merged, stepped: Stepped, phases_s: dict[str, float]) -> RoundDone:
-        reports = merged.reports
-        tokens = sum(report.tokens for report in reports.values())
-        return RoundDone(
-            time=time.time(),
-            seconds=self._seconds(),
-            round=self.progress.round,
-            sequential_step=self.progress.sequential_step,
-            tokens=self.progress.tokens,
-            round_tokens=tokens,
-            tokens_per_second=tokens / max(sum(phases_s.values()), 1e-9),
-            bytes_up=self.ledger.total.up.encoded,
-            bytes_down=self.ledger.total.down.encoded,
-            round_bytes_up=self.ledger.round.up.encoded,
-            round_bytes_down=self.ledger.round.down.encoded,
-            link=self.ledger.total,
-            round_link=dict(sorted(self.ledger.nodes.items())),
-            train_loss=sum(reports[name].loss_mean * reports[name].tokens for name in sorted(reports)) / tokens,
-            learning_rate=max(report.learning_rate for report in reports.values()),
-            merged_norm=stepped.gradient_norm,
-            outer_norm=stepped.moved_norm,
-            nodes={
-                name: node_round(reports[name], merged.norms[name], self.ledger.of(name), merged.tally.seconds(name))
-                for name in sorted(reports)
-            },
-            missing=dict(sorted(merged.missing.items())),
-            suspended=self.trust.suspended,
-            cosine=pairwise_cosine(merged.samples),
-            phases_s=phases_s,
-        )
 
 
 def _telling(task: Task, told: Told) -> tuple[Task, Told]:

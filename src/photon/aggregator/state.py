@@ -39,14 +39,21 @@ class Progress:
     norms: NormHistory = ()
     charges: dict[str, Charge] = field(default_factory=dict)
     seconds_per_step: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None  # mean cosine between the updates of the last round
     message_from: str = ""  # sha256 of the base that the downlink's message is relative to
     message_as: str = ""  # how it is written
     message_stages: dict[str, int] = field(default_factory=dict)  # what each stage of its codec left
     holders: dict[str, str] = field(default_factory=dict)  # by node, sha256 of the base that it is known to hold
 
-    def after_round(self, sequential_step: int, tokens: int) -> Progress:
+    def after_round(self, sequential_step: int, tokens: int, agreement: float | None) -> Progress:
         """The next round's progress; bytes, seconds and metrics are filled in at the commit."""
-        return replace(self, round=self.round + 1, sequential_step=sequential_step, tokens=self.tokens + tokens)
+        return replace(
+            self,
+            round=self.round + 1,
+            sequential_step=sequential_step,
+            tokens=self.tokens + tokens,
+            agreement=agreement,
+        )
 
 
 _PROGRESS = TypeAdapter(Progress)

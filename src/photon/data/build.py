@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from photon.config import DataConfig, Recipe, SiloConfig
 from photon.data.atomic import new_folder
 from photon.data.document import Document
 from photon.data.manifest import FILE_NAME
-from photon.data.shards import Origin, ShardReader, write_shards
+from photon.data.pool import Share, write_shares
+from photon.data.shards import Origin, ShardReader, encode_and_split, write_shards
 from photon.data.sources import Source, limited, open_source
-from photon.data.split import is_heldout
+from photon.data.split import Encoded, is_heldout
 from photon.data.tokenizer import Tokenizer, train_tokenizer
 from photon.errors import DataError
 
@@ -41,7 +43,7 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class SiloData:
-    """One silo's shards on disk: a folder per source, in the order of the recipe."""
+    """One silo's shards on disk: a folder per source, in the order of the recipe, or one for its share of a pool."""
 
     name: str
     folder: Path
@@ -62,18 +64,20 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
 
     Relative paths start at `root` (default: the working folder). Folders are named after everything that shaped
     their content, so a change of text or options builds anew and nothing stale is ever read. Every source is found
-    before the first is read. DataError names silo and source.
+    before the first is read. With `data.partition = "iid"` every silo has one folder, its share of all text. DataError
+    names silo and source.
     """
     base = (root or Path.cwd()).resolve()
     work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
     sources = {silo.name: [work.found(silo, spec) for spec in _text_of(silo)] for silo in recipe.silo}
     tokenizer, tokenizer_folder = work.tokenizer(work.shared_text() or sources)
-    silos = {
-        name: SiloData(
-            name, work.folder / _SILOS / name, [work.shards(name, one, len(parts), tokenizer) for one in parts]
-        )
-        for name, parts in sources.items()
-    }
+    if recipe.data.partition == "iid":
+        folders = work.pool(sources, tokenizer)
+    else:
+        folders = {
+            name: [work.shards(name, one, len(parts), tokenizer) for one in parts] for name, parts in sources.items()
+        }
+    silos = {name: SiloData(name, work.folder / _SILOS / name, folders[name]) for name in sources}
     return Prepared(tokenizer, tokenizer_folder, silos)
 
 
@@ -163,14 +167,7 @@ class _Workplace:
 
     def shards(self, silo: str, source: Source, sources: int, tokenizer: Tokenizer) -> Path:
         """The shard folder of one of a silo's `sources` sources."""
-        origin = Origin(
-            source=source.spec,
-            field=source.field,
-            fingerprint="",
-            heldout_fraction=self.config.heldout_fraction,
-            sequence_length=self.config.sequence_length,
-            max_bytes=self._limit(sources),
-        )
+        origin = self._origin(source, sources)
         identity = source.identity(self.base)
         fingerprint = _fingerprint(version=1, origin=origin.model_dump(), text=identity, tokenizer=tokenizer.sha256)
         origin = origin.model_copy(update={"fingerprint": fingerprint})
@@ -178,18 +175,77 @@ class _Workplace:
         try:
             reused = folder.is_dir()
             if not reused:
-                self._write(silo, source, tokenizer, folder, origin)
-            manifest = ShardReader(folder).manifest
+                notes: list[str] = []
+                documents = self._read(silo, source, origin.max_bytes, notes)
+                write_shards(documents, tokenizer, folder, origin, workers=self._workers, notes=notes)
+            self._tell(silo, origin, folder, reused)
         except DataError as error:
             raise DataError(f"silo {silo}, source {source.spec}: {error}") from error
-        text_bytes = manifest.train.bytes + manifest.heldout.bytes
-        said = f"{source.spec}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens"
-        self.report(Progress(silo, "reuse" if reused else "done", text_bytes, text_bytes, said))
         return folder
 
-    def _write(self, silo: str, source: Source, tokenizer: Tokenizer, folder: Path, origin: Origin) -> None:
-        expected = _smaller(source.text_bytes, origin.max_bytes)
-        notes: list[str] = []
+    def pool(self, silos: dict[str, list[Source]], tokenizer: Tokenizer) -> dict[str, list[Path]]:
+        """Every node's share of all silos' documents, one shard folder each, whatever the order of `silos`."""
+        pool = {name: silos[name] for name in sorted(silos)}
+        shares = self._shares(pool, tokenizer)
+        missing = {place: share for place, share in enumerate(shares) if not share.folder.is_dir()}
+        if missing:
+            notes: list[str] = []
+            with closing(self._pooled(pool, tokenizer, notes)) as documents:
+                write_shares(documents, missing, len(shares), tokenizer, notes)
+        for place, share in enumerate(shares):
+            try:
+                self._tell(share.node, share.origin, share.folder, place not in missing)
+            except DataError as error:
+                raise DataError(f"silo {share.node}, its share of the pool: {error}") from error
+        return {share.node: [share.folder] for share in shares}
+
+    def _shares(self, pool: dict[str, list[Source]], tokenizer: Tokenizer) -> list[Share]:
+        """Where each node's share of the pool belongs; the folder is named after all that shapes it, as `shards` do."""
+        identities = {name: [source.identity(self.base) for source in sources] for name, sources in pool.items()}
+        shares = []
+        for place, name in enumerate(pool):
+            origin = Origin(
+                source=f"share {place + 1} of {len(pool)} of the pool of all silos",
+                field=", ".join(sorted({source.field for sources in pool.values() for source in sources})),
+                fingerprint="",
+                heldout_fraction=self.config.heldout_fraction,
+                sequence_length=self.config.sequence_length,
+                max_bytes=self.config.max_bytes_per_silo,
+            )
+            fingerprint = _fingerprint(
+                version=1, partition="iid", origin=origin.model_dump(), pool=identities, tokenizer=tokenizer.sha256
+            )
+            origin = origin.model_copy(update={"fingerprint": fingerprint})
+            shares.append(Share(name, self.folder / _SILOS / name / fingerprint, origin))
+        return shares
+
+    def _pooled(
+        self, pool: dict[str, list[Source]], tokenizer: Tokenizer, notes: list[str]
+    ) -> Generator[tuple[Encoded, bool], None, None]:
+        """The documents of all silos, each source limited and split as it is by owner."""
+        for name, sources in pool.items():
+            for source in sources:
+                origin = self._origin(source, len(sources))
+                documents = self._read(name, source, origin.max_bytes, notes)
+                try:
+                    yield from encode_and_split(documents, tokenizer, origin, self._workers)
+                except DataError as error:
+                    raise DataError(f"silo {name}, source {source.spec}: {error}") from error
+
+    def _origin(self, source: Source, sources: int) -> Origin:
+        """What is made of one of a silo's `sources` sources; without its fingerprint."""
+        return Origin(
+            source=source.spec,
+            field=source.field,
+            fingerprint="",
+            heldout_fraction=self.config.heldout_fraction,
+            sequence_length=self.config.sequence_length,
+            max_bytes=self._limit(sources),
+        )
+
+    def _read(self, silo: str, source: Source, max_bytes: int | None, notes: list[str]) -> Iterator[Document]:
+        """The documents of a source, progress reported; `notes` takes in what is left out."""
+        expected = _smaller(source.text_bytes, max_bytes)
         done = 0
 
         def note(text: str) -> None:
@@ -201,10 +257,19 @@ class _Workplace:
             done = count
             self.report(Progress(silo, "tokenize", done, expected, source.spec))
 
-        cores = os.cpu_count() or 1
-        workers = cores if self.config.build_workers == "auto" else self.config.build_workers
-        documents = _metered(source.documents(origin.max_bytes, note), advance)
-        write_shards(documents, tokenizer, folder, origin, workers=workers, notes=notes)
+        return _metered(source.documents(max_bytes, note), advance)
+
+    def _tell(self, silo: str, origin: Origin, folder: Path, reused: bool) -> None:
+        """Report what a finished shard folder holds; DataError if it is damaged."""
+        manifest = ShardReader(folder).manifest
+        text_bytes = manifest.train.bytes + manifest.heldout.bytes
+        said = f"{origin.source}: {manifest.train.tokens:,} training and {manifest.heldout.tokens:,} held-out tokens"
+        self.report(Progress(silo, "reuse" if reused else "done", text_bytes, text_bytes, said))
+
+    @property
+    def _workers(self) -> int:
+        """Threads that tokenise."""
+        return (os.cpu_count() or 1) if self.config.build_workers == "auto" else self.config.build_workers
 
     def _sample(self, silo: str, sources: list[Source]) -> list[str]:
         """One owner's share of the text that a tokenizer is trained on: never what is held out by its hash."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from photon.data.split import Encoded, split
 from photon.data.tokenizer import Tokenizer
 from photon.errors import DataError
 
-__all__ = ["Manifest", "Origin", "ShardReader", "write_shards"]
+__all__ = ["Manifest", "Origin", "ShardReader", "ShardWriter", "encode_and_split", "write_shards"]
 
 SHARD_TOKENS = 500_000_000  # a gigabyte of uint16
 _CHUNK_TOKENS = 1 << 22
@@ -45,35 +45,70 @@ def write_shards(
     Documents follow each other, an end-of-text after each. `notes` goes into the manifest as it is after the last
     document. DataError from reading passes through; so does that of a text too short for a sequence on both sides.
     """
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with new_folder(folder) as temporary:
-        with ExitStack() as stack:
-            train, heldout = (
-                stack.enter_context(_SplitWriter(temporary, name, _DTYPES[dtype], shard_tokens))
-                for name in ("train", "heldout")
-            )
-            encoded = stack.enter_context(closing(encode_documents(documents, tokenizer, workers)))
-            need = origin.sequence_length + 1
-            for item, held in split(
-                encoded, origin.heldout_fraction, need, lambda document: encode_document(document, tokenizer)
-            ):
-                (heldout if held else train).write(item)
+        with (
+            ShardWriter(temporary, tokenizer, shard_tokens) as writer,
+            closing(encode_and_split(documents, tokenizer, origin, workers)) as items,
+        ):
+            for item, held in items:
+                writer.write(item, held)
+        return writer.finish(origin, notes)
+
+
+def encode_and_split(
+    documents: Iterable[Document], tokenizer: Tokenizer, origin: Origin, workers: int
+) -> Generator[tuple[Encoded, bool], None, None]:
+    """Each document of one source with its ids and whether it is held out, in order; raises what `split` raises."""
+    need = origin.sequence_length + 1
+    with closing(encode_documents(documents, tokenizer, workers)) as encoded:
+        yield from split(encoded, origin.heldout_fraction, need, lambda document: encode_document(document, tokenizer))
+
+
+class ShardWriter:
+    """The files of one shard folder: open while documents come, as a context; its manifest is written last."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int = SHARD_TOKENS) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self._dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+        self._train, self._heldout = (
+            _SplitWriter(folder, name, _DTYPES[self._dtype], shard_tokens) for name in ("train", "heldout")
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._train.close()
+        self._heldout.close()
+
+    def write(self, item: Encoded, held: bool) -> None:
+        """Append a document to its side of the split."""
+        (self._heldout if held else self._train).write(item)
+
+    def finish(self, origin: Origin, notes: Sequence[str]) -> Manifest:
+        """Write the manifest, once the files are closed; DataError if a side holds no sequence of `origin`'s length."""
         # Sums and counts are of what lies in the files, not of what was meant to.
-        train_split, train_counts = train.summary(tokenizer.vocab_size)
-        heldout_split, heldout_counts = heldout.summary(tokenizer.vocab_size)
+        train_split, train_counts = self._train.summary(self._tokenizer.vocab_size)
+        heldout_split, heldout_counts = self._heldout.summary(self._tokenizer.vocab_size)
+        need = origin.sequence_length + 1
+        if min(train_split.tokens, heldout_split.tokens) < need:
+            raise DataError(
+                f"{train_split.tokens} training and {heldout_split.tokens} held-out tokens are too few: sequences of "
+                f"{origin.sequence_length} need {need} of each; add text or lower data.sequence_length"
+            )
         manifest = Manifest(
-            dtype=dtype,  # type: ignore[arg-type]  # one of the two names, see above
-            tokenizer_sha256=tokenizer.sha256,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
+            dtype=self._dtype,
+            tokenizer_sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            end_of_text=self._tokenizer.end_of_text,
             origin=origin,
             train=train_split,
             heldout=heldout_split,
             unigram_loss=_unigram_loss(train_counts, heldout_counts),
             notes=list(notes),
         )
-        (temporary / FILE_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
-    return manifest
+        (self._folder / FILE_NAME).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        return manifest
 
 
 def _unigram_loss(train: NDArray[np.int64], heldout: NDArray[np.int64]) -> float:
@@ -93,10 +128,8 @@ class _SplitWriter:
         self._documents = 0
         self._bytes = 0
 
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Nothing is written after this."""
         if self._file is not None:
             self._file.close()
 

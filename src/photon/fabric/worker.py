@@ -24,11 +24,13 @@ from photon.fabric.lifeline import end_with
 from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.update import Sealed, Serialised, decode_message, expect_task
-from photon.model.build import build_model, named_weights
+from photon.model.build import build_model
 from photon.node.base import Bases
 from photon.node.device import WorkerPlan, configure_process
 from photon.node.node import Node, Order, failure_reply
+from photon.node.optimizers import shared_tensors
 from photon.node.trainer import Trainer
+from photon.parts.method import Method
 from photon.recipe import load_recipe
 from photon.runfolder import RunFolder
 
@@ -43,8 +45,10 @@ class Worker:
         self.recipe: Recipe = load_recipe(run.recipe)
         length = self.recipe.data.sequence_length
         model = build_model(self.recipe.model, self.identity.vocab_size, length, self.recipe.seed)
-        self.bases = Bases.of_run(self.run.bases, self.recipe.link, named_weights(model))
-        self.trainer = Trainer(model, self.recipe.node, torch.device(plan.device), self.recipe.total_steps)
+        method = Method.of(self.recipe)
+        self.trainer = Trainer(model, self.recipe.node, torch.device(plan.device), self.recipe.total_steps, method)
+        shared = shared_tensors(self.trainer.model, self.trainer.optimizer, method.shared_state)
+        self.bases = Bases.of_run(self.run.bases, self.recipe.link, shared, method.is_partial)
         self.nodes: dict[str, Node] = {}
         self.order: Order = "go"  # changed by signals, for the task at hand
 

@@ -1,5 +1,6 @@
-"""A model told as what it differs by from one that the receiver already holds.
+"""A model told as what it differs by from one that the receiver already holds: in some tensors, or in all.
 
+With a lossy codec a message holds differences, without one the new tensors themselves; what it lacks has not changed.
 Sender and receiver compute the new model with the same function from the same bytes, so both hold identical bits
 however much the codec lost; what was lost stays in the next difference, because that is taken to what the receivers
 hold. (`photon.aggregator.downlink` sends, `photon.node.base` receives.)
@@ -21,22 +22,26 @@ from photon.link.tensors import iterate_tensors, writing_order
 def changed(
     base: Body, wire: Mapping[str, Tensor], codec: Pipeline, stage_bytes: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of `base` plus the decoded difference, one at a time, in the order of its bytes and in its dtypes.
+    """Tensors of `base` with the decoded difference, one at a time, in the order of its bytes and in its dtypes.
 
-    What was left after each stage of the codec is added to `stage_bytes`. Raises WireError if the difference has other
-    names than the base, or a tensor of it cannot be decoded.
+    What was left after each stage of the codec is added to `stage_bytes`. Raises WireError if the difference has a name
+    that the base has not, or a tensor of it cannot be decoded.
     """
     seen = 0
     for name, old in iterate_tensors(base):
         if name not in wire:
-            raise WireError(f"the difference lacks tensor {name!r}")
+            yield name, old
+            continue
         seen += 1
         own = codec.of(name)
-        decoded = own.decode(wire[name], tuple(old.shape), torch.float32)
+        decoded = own.decode(wire[name], tuple(old.shape), old.dtype if codec.is_lossless else torch.float32)
         count_stages(stage_bytes, own, decoded)
-        yield name, (old.to(torch.promote_types(old.dtype, torch.float32)) + decoded.tensor).to(old.dtype)
+        if codec.is_lossless:
+            yield name, decoded.tensor
+        else:
+            yield name, (old.to(torch.promote_types(old.dtype, torch.float32)) + decoded.tensor).to(old.dtype)
     if seen != len(wire):
-        raise WireError(f"the difference holds {len(wire)} tensors, the base {seen}")
+        raise WireError(f"the difference has {len(wire) - seen} tensors that the base has not")
 
 
 def rebuilt(

@@ -55,12 +55,12 @@ def named_weights(model: LanguageModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the model in place, converting dtype and device.
+    """Copy `tensors` into the model in place, converting dtype and device; shared optimizer state is left out.
 
     Raises StateError, before anything is changed, when a name is missing or unknown or a shape differs.
     """
     own = named_weights(model)
-    missing, unknown = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    missing, unknown = own.keys() - tensors.keys(), {name for name in tensors if "/" not in name} - own.keys()
     if missing or unknown:
         raise StateError(
             f"the weights are not this model's: missing {_first(missing)}, unknown {_first(unknown)}; "

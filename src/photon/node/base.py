@@ -45,10 +45,10 @@ class Bases:
             self._store(tensor_chunks(model), None)
 
     @classmethod
-    def of_run(cls, folder: Path, link: LinkConfig, model: Mapping[str, Tensor]) -> Bases:
-        """As the recipe says. Raises ConfigError for a codec that there is not."""
+    def of_run(cls, folder: Path, link: LinkConfig, model: Mapping[str, Tensor], is_partial: bool = False) -> Bases:
+        """As the recipe says; `is_partial`: a round may move only some tensors. Raises ConfigError on no such codec."""
         codec = parse_pipeline(link.down, "link.down", link.exact_tensors)
-        return cls(folder, codec, link.of == "difference" and not codec.is_lossless, model)
+        return cls(folder, codec, is_partial or (link.of == "difference" and not codec.is_lossless), model)
 
     def receive(self, task: Task, body: Body) -> dict[str, Tensor]:
         """The base's tensors (read-only, on the CPU). Raises LacksBaseError, or WireError if it is not as announced."""

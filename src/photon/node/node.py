@@ -37,10 +37,11 @@ from photon.link.update import (
 )
 from photon.model.build import load_weights, named_weights
 from photon.node.base import Bases, LacksBaseError
-from photon.node.optimizers import import_state, state_views
+from photon.node.optimizers import import_state, state_views, with_shared_state
 from photon.node.replies import ReplyStore
-from photon.node.state import NodeStore
+from photon.node.state import NodeState, NodeStore
 from photon.node.trainer import LocalRun, Trainer
+from photon.parts.method import Method, is_state
 from photon.stopwatch import Stopwatch
 
 Order = Literal["go", "hand in", "drop"]
@@ -124,6 +125,7 @@ class Node:
         self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
         self.seed = recipe.seed  # not the run: the same recipe gives the same model each time
         self.codec = parse_pipeline(self.link.up, "link.up", self.link.exact_tensors)
+        self.method = Method.of(recipe)
 
     def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
         """Answer a serialised task. Raises WireError if it is not one for this node and run."""
@@ -171,9 +173,8 @@ class Node:
         # The Aggregator may have gone back to an earlier round: states of a later one belong to what was undone.
         self.site.store.set_aside(task.round + 1)
         state = self.site.store.load(self.run, self.site.name, task.round)
-        keep = self.config.optimizer_state == "keep"
-        import_state(self.trainer.optimizer, self.trainer.model, state.optimizer if keep else {})
-        state = replace(state, optimizer={})  # as read from disk it is a second copy, not to be kept while training
+        self._start(task, base, state)
+        state = replace(state, optimizer={}, weights={})  # read from disk: a second copy, not to be kept while training
         watch.end("receive")
 
         def on_step(step: int, loss: float) -> bool:
@@ -189,6 +190,10 @@ class Node:
             self.site.stream, state.position, self.site.batch_size, task.tau, task.sequential_step, on_step
         )
         watch.end("train")
+        weights = named_weights(self.trainer.model)
+        own = (
+            {name: weight.to("cpu", copy=True) for name, weight in weights.items()} if self.method.keeps_weights else {}
+        )
         sent = self._encode(base, state.link, task.round)
         watch.end("encode")
         after = replace(
@@ -197,7 +202,8 @@ class Node:
             position=state.position + local.steps * self.site.batch_size,
             tokens=state.tokens + local.tokens,
             steps=state.steps + local.steps,
-            optimizer=state_views(self.trainer.optimizer, self.trainer.model) if keep else {},
+            optimizer=state_views(self.trainer.optimizer, self.trainer.model) if self._keeps_optimizer else {},
+            weights=own,
         )
         report = _report(local, self.site.stream.epoch(after.position), watch)
         outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
@@ -206,6 +212,33 @@ class Node:
         self.site.store.commit(after, task.round + 1)
         on_progress(NodeProgress(node=task.node, round=task.round, state="sending", step=local.steps, steps=task.tau))
         return replace(outcome, training=report.model_copy(update={"save_s": watch.end("save")}))
+
+    @property
+    def _keeps_optimizer(self) -> bool:
+        return self.config.optimizer_state == "keep"
+
+    def _start(self, task: Task, base: dict[str, Tensor], state: NodeState) -> None:
+        """Make model and optimizer what local training starts from: of the base, and where parts say so the node's own.
+
+        The base is in the model already. A node that was not in the round before takes all of the base.
+        """
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        own = state.optimizer if self._keeps_optimizer else {}
+        if self.method.keeps_weights or self.method.shared_state:
+            was_there = state.ready_for == task.round
+            taken = set(self.method.taken(_shapes(base), task.round)) if was_there else set(base)
+            held = {**own, **state.weights} if was_there else {}
+            start = {
+                name: held[name]
+                if name in held and name not in taken
+                else self.method.start(name, held.get(name, tensor), tensor)
+                for name, tensor in base.items()
+            }
+            load_weights(model, start)
+            shared = {name: tensor for name, tensor in start.items() if is_state(name)}
+            own = with_shared_state(optimizer, model, own, shared, task.sequential_step)
+        import_state(optimizer, model, own)
+        self.trainer.correct = self.method.corrector(model, base)
 
     def _outcome(
         self,
@@ -223,14 +256,28 @@ class Node:
 
     @torch.no_grad()
     def _encode(self, base: dict[str, Tensor], state: Mapping[str, Tensor], round_index: int) -> Sent:
-        """The pseudo-gradient `base - local`, computed in the place of the model's weights, clipped and encoded."""
+        """The pseudo-gradient `base - local`, computed in the place of the model's weights, clipped and encoded.
+
+        Of optimizer state that is shared it is the same difference; that state stays as it is.
+        """
         update = named_weights(self.trainer.model)
         if self.link.of == "difference":
             for name, local in update.items():
                 torch.sub(base[name].to(local.device), local, out=local)
+        if self.method.parts:
+            update |= self._state_differences(base)
+            update = {name: update[name] for name in self.method.exchanged(_shapes(base), round_index)}
         seed = f"{self.seed}/{self.site.name}/{round_index}"
         limit = self.link.max_update_norm if self.link.of == "difference" else None
         return encode_update(self.codec, update, state, self.link.up_feedback, seed, limit)
+
+    def _state_differences(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = state_views(self.trainer.optimizer, self.trainer.model)
+        return {
+            name: torch.sub(tensor.to(state[name].device), state[name])
+            for name, tensor in base.items()
+            if is_state(name)
+        }
 
     def _reply(self, task: Task, outcome: _Outcome | None, evaluation: EvaluationReport | None) -> Sealed:
         body: Body = outcome.body if outcome else b""
@@ -247,6 +294,10 @@ class Node:
             evaluation=evaluation,
         )
         return seal(header, body)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _report(local: LocalRun, epoch: float, watch: Stopwatch) -> TrainingReport:

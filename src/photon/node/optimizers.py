@@ -7,7 +7,7 @@ everything: what the previous node left behind is either overwritten or dropped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -123,6 +123,49 @@ def import_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Ma
             buffers[key].copy_(value)
 
 
+def shared_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str]) -> dict[str, Tensor]:
+    """What a federation shares before its first round: the weights, and zeros for the optimizer state of these kinds.
+
+    Keyed as in `export_state`; on the CPU. A kind that the optimizer does not keep of a parameter is left out.
+    """
+    expected = _expected_state(optimizer)
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    state = {
+        f"{name}/{kind}": torch.zeros(parameter.shape, dtype=parameter.dtype)
+        for name, parameter in model.named_parameters()
+        for kind in sorted(expected.get(parameter, frozenset()) & set(kinds))
+    }
+    return weights | state
+
+
+def with_shared_state(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    sequential_step: int,
+) -> dict[str, Tensor]:
+    """A node's own state with `shared` in its place: complete for `import_state`, whatever the node had.
+
+    Parameters with shared state count their steps by the sequential step, as every node does; what else they lack is
+    zero. A second moment that a lossy codec has made negative counts as zero.
+    """
+    state = dict(own)
+    expected = _expected_state(optimizer)
+    for name, parameter in model.named_parameters():
+        if not any(f"{name}/{kind}" in shared for kind in expected.get(parameter, ())):
+            continue
+        for kind in expected[parameter]:
+            key = f"{name}/{kind}"
+            if kind == "step":
+                state[key] = torch.tensor(float(sequential_step))
+            elif key in shared:
+                state[key] = shared[key].clamp_min(0) if kind == "exp_avg_sq" else shared[key]
+            elif key not in state:
+                state[key] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    return state
+
+
 def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -135,7 +178,9 @@ def _expected_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, frozenset[
     """The state names each parameter has after its first step."""
     expected: dict[Tensor, frozenset[str]] = {}
     for group in optimizer.param_groups:
-        if "betas" in group:
+        if own_names := getattr(optimizer, "state_names", None):  # a part's own
+            names = frozenset(own_names(group))
+        elif "betas" in group:
             names = frozenset({"step", "exp_avg", "exp_avg_sq"})
         elif group["momentum"] or isinstance(optimizer, MuonAdamW):
             names = frozenset({"momentum_buffer"})

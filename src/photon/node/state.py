@@ -18,11 +18,16 @@ from photon.link.tensors import decode_tensors, tensor_chunks
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 LINK_FILE = "link.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
 class NodeState:
-    """Position in the Data Source (sequences consumed), totals, optimizer tensors (empty = fresh), codec state."""
+    """Position in the Data Source (sequences consumed), totals, optimizer tensors (empty = fresh), codec state.
+
+    `weights` are the node's own, of methods that let it go on with them; `ready_for` is the round after the last one
+    that it took part in.
+    """
 
     run: str
     node: str
@@ -31,6 +36,8 @@ class NodeState:
     steps: int = 0
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     link: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    ready_for: int = 0
 
 
 class NodeStore:
@@ -65,7 +72,8 @@ class NodeStore:
         optimizer = decode_tensors(committed.read(OPTIMIZER_FILE))
         # A state from before codecs kept anything has no such file.
         link = decode_tensors(committed.read(LINK_FILE)) if LINK_FILE in committed.sha256 else {}
-        return NodeState(**fields, optimizer=optimizer, link=link)
+        weights = decode_tensors(committed.read(WEIGHTS_FILE)) if WEIGHTS_FILE in committed.sha256 else {}
+        return NodeState(**fields, optimizer=optimizer, link=link, weights=weights, ready_for=ready[-1])
 
     def commit(self, state: NodeState, ready_for: int) -> None:
         """File `state` as ready for round `ready_for`, durably; keep every state that a kept round may need."""
@@ -77,6 +85,8 @@ class NodeStore:
             "steps": state.steps,
         }
         files = {OPTIMIZER_FILE: tensor_chunks(state.optimizer), LINK_FILE: tensor_chunks(state.link)}
+        if state.weights:
+            files[WEIGHTS_FILE] = tensor_chunks(state.weights)
         self._states.commit(ready_for, files, fields)
         # The Aggregator keeps rounds up to ready_for - 1 (ready_for itself is not committed there yet). Each of them
         # needs the newest state filed at or before it.

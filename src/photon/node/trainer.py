@@ -28,6 +28,7 @@ from photon.model.base import LanguageModel
 from photon.node.device import available_cores, resolve_precision, use_compile
 from photon.node.optimizers import build_optimizer, set_learning_rate
 from photon.node.schedule import learning_rate_scale
+from photon.parts.method import Method
 
 
 class TrainingError(PhotonError):
@@ -65,9 +66,18 @@ class Trainer:
     optimizer state stay float32 and autocast casts the inputs of matrix products.
     """
 
-    def __init__(self, model: LanguageModel, node: NodeConfig, device: torch.device, total_steps: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        node: NodeConfig,
+        device: torch.device,
+        total_steps: int,
+        method: Method | None = None,
+    ) -> None:
         self.model = model.to(device)
-        self.optimizer = build_optimizer(self.model, node, device)
+        own = method.optimizer(self.model, node, device) if method else None
+        self.optimizer = own or build_optimizer(self.model, node, device)
+        self.correct: Callable[[], None] | None = None  # what a part does to the gradients of each step
         self.node = node
         self.device = device
         self.total_steps = total_steps
@@ -103,6 +113,8 @@ class Trainer:
             for batch in batches:
                 learning_rate = self._set_learning_rate(sequential_step + steps)
                 loss = self._compute_gradients(batch)
+                if self.correct is not None:
+                    self.correct()
                 norm = self._clip_gradients()
                 in_flight.append(_Reading(sequential_step + steps, learning_rate, loss, norm))
                 settled = len(in_flight) > self._steps_in_flight

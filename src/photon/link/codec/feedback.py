@@ -42,12 +42,14 @@ def encode_update(
 ) -> Sent:
     """Encode all tensors of an update, the residual of the last time added, the norm of what will be decoded bounded.
 
-    `update` is emptied on the way: of each tensor only one copy is left. `seed` is any text that differs by run, node
-    and round. Raises WireError if a tensor is not finite and the codec is lossy.
+    `update` is emptied on the way: of each tensor only one copy is left. Of tensors that are not in it the state stays
+    as it is. `seed` is any text that differs by run, node and round. Raises WireError if a tensor is not finite and the
+    codec is lossy.
     """
     if codec.is_lossless:
         _limit(update, max_norm)
         return Sent({name: codec.of(name).encode(update.pop(name), 0, None, {}).wire for name in list(update)}, {})
+    others = {key: tensor for key, tensor in state.items() if _tensor_of(key) not in update}
     inputs = {}
     for name in list(update):
         inputs[name] = update.pop(name).detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
@@ -64,7 +66,12 @@ def encode_update(
         for tensor in inputs.values():
             tensor.mul_(0.98 * max_norm / norm)
         sent, norm = _encode(codec, inputs, state, bool(decay), seed)
-    return sent
+    return Sent(sent.wire, others | sent.state)
+
+
+def _tensor_of(key: str) -> str:
+    """The tensor that a piece of state belongs to."""
+    return key.removeprefix(_RESIDUAL) if key.startswith(_RESIDUAL) else key.removeprefix(_MEMORY).rpartition("/")[0]
 
 
 def stage_memory(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

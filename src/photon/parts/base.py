@@ -1,0 +1,120 @@
+"""A part: one departure from FedAvg, in a file of its own.
+
+`federation.parts` lists them, as in `["share(second=6)", "fedprox(mu=0.01)"]`. A part is a frozen dataclass, whose
+fields are its parameters. Each method of `Part` is one thing that a part may change, and does nothing here; node and
+Aggregator each ask what concerns them, with the same arguments, so they need not tell each other. A part keeps no
+state: what has to be remembered is a named tensor of the node or the global state, and so is committed and resumed.
+
+**Shared tensors** are the weights and, under `parameter/kind`, the optimizer state that parts share. All of them
+travel, are encoded, checked, merged and committed alike; of the state, the merge is simply the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from photon.config import FederationConfig, NodeConfig, Recipe
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run stands as a round begins.
+
+    `agreement` is the mean cosine between the updates of the round before; None if there were fewer than two.
+    """
+
+    round: int
+    sequential_step: int
+    total_steps: int
+    agreement: float | None = None
+
+    @property
+    def done(self) -> float:
+        """The share of the run's sequential steps that lies behind, from 0 to 1."""
+        return min(1.0, self.sequential_step / self.total_steps)
+
+
+class Updates(Protocol):
+    """The updates of a round, as often as one likes: all with the same tensors in the same order."""
+
+    @property
+    def weights(self) -> Sequence[int]:
+        """The weight of each in the merge: tokens trained on, or 1."""
+        ...
+
+    def read(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and pseudo-gradient, one tensor at a time, each in the dtype of its parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Changes nothing: FedAvg. `__post_init__` of a part raises ValueError if a parameter is out of range."""
+
+    # At both ends.
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises ConfigError if the recipe does not suit the part. Called when the recipe is read."""
+
+    def shared_state(self) -> frozenset[str]:
+        """Kinds of optimizer state that are shared beside the weights, such as `exp_avg`."""
+        return frozenset()
+
+    def exchanged(self, shapes: Shapes, round_index: int) -> Iterable[str]:
+        """Of the shared tensors, those that nodes send at the end of a round, and so the Aggregator moves."""
+        return shapes
+
+    def is_partial(self) -> bool:
+        """Whether there are rounds that exchange only some of the shared tensors: nodes then keep the base."""
+        return False
+
+    def keeps_weights(self) -> bool:
+        """Whether a node may go on with weights of its own: they then are part of its state."""
+        return False
+
+    def taken(self, shapes: Shapes, round_index: int) -> Iterable[str]:
+        """Of the shared tensors, those that a node takes from the base as a round begins.
+
+        A node goes on with its own of the others, if it was in the round before; else it takes all.
+        """
+        return self.exchanged(shapes, round_index - 1) if round_index else shapes
+
+    # At the node.
+
+    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer | None:
+        """A local optimizer to use instead of the recipe's. Like those (`photon.node.optimizers`) it has groups with
+        `lr` and `initial_lr`, the peak, and a method `state_names(group)` that names its state of a parameter."""
+        return None
+
+    def start(self, name: str, own: Tensor, base: Tensor) -> Tensor:
+        """What a node begins with in the place of a tensor that it takes: of its own and the base's."""
+        return base
+
+    def correct(self, weights: Mapping[str, nn.Parameter], base: Mapping[str, Tensor]) -> None:
+        """Change the gradients of a local step, in place, before they are clipped. All tensors on the node's device."""
+
+    # At the Aggregator.
+
+    def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
+        """The options that hold for one round: a schedule of tau, of the outer learning rate, of the momentum."""
+        return federation
+
+    def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:
+        """The merged pseudo-gradient, where that is not the weighted mean, in the order of the updates' tensors.
+
+        For this the updates are kept until all are there, in files. One tensor of each should be in memory at a time.
+        """
+        raise NotImplementedError
+
+
+def changes(part: Part, method: str) -> bool:
+    """Whether a part has something to say about it."""
+    return getattr(type(part), method) is not getattr(Part, method)

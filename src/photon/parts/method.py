@@ -1,0 +1,166 @@
+"""The parts of a recipe as one: what node and Aggregator ask."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import photon.parts
+from photon.config import FederationConfig, NodeConfig, Recipe
+from photon.errors import ConfigError
+from photon.notation import parse_call
+from photon.parts.base import Moment, Part, Shapes, Updates, changes
+
+_NOT_PARTS = frozenset({"base", "method"})
+STATE_MARK = "/"  # parameter/kind: no parameter's name has one
+
+
+def part_names() -> list[str]:
+    """Every part there is: each is the class `PART` of the file of its name beside this one."""
+    return sorted(
+        module.name for module in pkgutil.iter_modules(photon.parts.__path__) if module.name not in _NOT_PARTS
+    )
+
+
+def part_class(name: str) -> type[Part]:
+    """The part of that name, one of `part_names`."""
+    kind: type[Part] = importlib.import_module(f"photon.parts.{name}").PART
+    return kind
+
+
+class _Kinds(Mapping[str, type]):
+    """Parts by name, imported when asked for."""
+
+    def __getitem__(self, name: str) -> type[Part]:
+        if name not in part_names():
+            raise KeyError(name)
+        return part_class(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(part_names())
+
+    def __len__(self) -> int:
+        return len(part_names())
+
+
+@dataclass(frozen=True)
+class Method:
+    """FedAvg, and in this order the parts that change it."""
+
+    parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Method:
+        """As the recipe says. Raises ConfigError for a part that there is not, or that does not suit the recipe."""
+        try:
+            method = cls(
+                tuple(parse_call(text, _Kinds(), "part", "fedprox(mu=0.01)") for text in recipe.federation.parts)
+            )
+        except ValueError as error:
+            raise ConfigError(f"federation.parts: {error}") from None
+        method._check(recipe)
+        return method
+
+    def _check(self, recipe: Recipe) -> None:
+        for what in ("optimizer", "start", "merged"):
+            if len(names := [type(part).__name__ for part in self.parts if changes(part, what)]) > 1:
+                raise ConfigError(
+                    f"federation.parts: {' and '.join(names)} cannot go together: each has its own {what}"
+                )
+        if self.parts and recipe.federation.outer == "none":
+            raise ConfigError(
+                "federation.parts is for federations: with federation.outer = none nobody shares anything"
+            )
+        if (self.is_partial or self.shared_state) and recipe.link.of == "weights":
+            raise ConfigError(
+                "link.of = weights sends all weights each time: it does not go with these federation.parts"
+            )
+        for part in self.parts:
+            part.check(recipe)
+
+    # What travels.
+
+    @property
+    def shared_state(self) -> frozenset[str]:
+        """Kinds of optimizer state that are shared."""
+        return frozenset().union(*(part.shared_state() for part in self.parts))
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a round may exchange only some of the shared tensors; nodes then keep the base."""
+        return any(part.is_partial() for part in self.parts)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether nodes go on with weights of their own, and so keep them between rounds."""
+        return any(part.keeps_weights() for part in self.parts)
+
+    def exchanged(self, shapes: Shapes, round_index: int) -> list[str]:
+        """The shared tensors that are sent at the end of that round, in the order of `shapes`."""
+        return _common(shapes, (part.exchanged(shapes, round_index) for part in self.parts))
+
+    def taken(self, shapes: Shapes, round_index: int) -> list[str]:
+        """The shared tensors that a node takes from the base as that round begins."""
+        return _common(shapes, (part.taken(shapes, round_index) for part in self.parts))
+
+    # At the node.
+
+    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer | None:
+        """The part's local optimizer, if one of them has its own."""
+        return next(filter(None, (part.optimizer(model, node, device) for part in self.parts)), None)
+
+    def start(self, name: str, own: Tensor, base: Tensor) -> Tensor:
+        """What a node begins with in the place of a tensor that it takes from the base."""
+        for part in self.parts:
+            base = part.start(name, own, base)
+        return base
+
+    def corrector(self, model: nn.Module, base: Mapping[str, Tensor]) -> Callable[[], None] | None:
+        """What changes the gradients of each local step of a round that begins from `base`; None if nothing does."""
+        parts = [part for part in self.parts if changes(part, "correct")]
+        if not parts:
+            return None
+        weights = dict(model.named_parameters())
+        near = {name: base[name].to(weight.device) for name, weight in weights.items()}
+
+        def correct() -> None:
+            for part in parts:
+                part.correct(weights, near)
+
+        return correct
+
+    # At the Aggregator.
+
+    def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
+        """The options that hold in the round that begins. No round goes beyond the end of the run."""
+        for part in self.parts:
+            federation = part.federation(federation, moment)
+        left = moment.total_steps - moment.sequential_step
+        return federation if federation.tau <= left else federation.model_copy(update={"tau": max(1, left)})
+
+    @property
+    def merged(self) -> Callable[[Updates], Iterator[tuple[str, Tensor]]] | None:
+        """How updates are merged; None for the weighted mean, which needs none of them to be kept."""
+        return next((part.merged for part in self.parts if changes(part, "merged")), None)
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raises ConfigError if `federation.parts` has something that there is not, or that does not suit the recipe."""
+    Method.of(recipe)
+
+
+def is_state(name: str) -> bool:
+    """Whether a shared tensor is optimizer state, not a weight."""
+    return STATE_MARK in name
+
+
+def _common(shapes: Shapes, selections: Iterable[Iterable[str]]) -> list[str]:
+    names = set(shapes)
+    for selection in selections:
+        names &= set(selection)
+    return [name for name in shapes if name in names]

@@ -1,0 +1,57 @@
+"""Share the optimizer's moments too: Local Adam, and DES-LOC where they travel more rarely than the weights.
+
+Every node's moments are replaced by their mean, and go on from there. With `first = second = 1` that is Local Adam;
+with periods near 3 and 6, in rounds, DES-LOC (Iacob et al. 2025, arXiv 2505.22549), which sets them by the half-lives
+`ln(0.5) / ln(beta)` of the moments. A moment whose period is 0 stays at its node. All nodes count steps alike (the
+sequential step), so that the bias correction of a shared moment is everywhere the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from photon.config import Recipe
+from photon.errors import ConfigError
+from photon.parts.base import Part, Shapes
+
+_FIRST = ("exp_avg", "momentum_buffer")
+_SECOND = ("exp_avg_sq",)
+
+
+@dataclass(frozen=True)
+class Share(Part):
+    """Every `first` rounds the first moments (Muon's and SGD's momentum too), every `second` the second ones."""
+
+    first: int = 1
+    second: int = 1
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.second < 0 or not (self.first or self.second):
+            raise ValueError("share: first and second are rounds, 0 = never, and not both are 0")
+
+    def check(self, recipe: Recipe) -> None:
+        """A moment that is thrown away at the end of a round cannot be shared rarely."""
+        if recipe.node.optimizer_state == "reset" and max(self.first, self.second) > 1:
+            raise ConfigError("federation.parts: share with a period above 1 needs node.optimizer_state = keep")
+        if recipe.node.optimizer == "sgd" and not (recipe.node.momentum and self.first):
+            raise ConfigError("federation.parts: share has nothing to share: SGD without momentum keeps no state")
+
+    def shared_state(self) -> frozenset[str]:
+        """The kinds whose period is not 0."""
+        return frozenset((*(_FIRST if self.first else ()), *(_SECOND if self.second else ())))
+
+    def is_partial(self) -> bool:
+        """Only with a period above 1."""
+        return max(self.first, self.second) > 1
+
+    def exchanged(self, shapes: Shapes, round_index: int) -> Iterable[str]:
+        """The weights each time; a moment in the last round of each of its periods."""
+        return [name for name in shapes if (round_index + 1) % self._period(name) == 0]
+
+    def _period(self, name: str) -> int:
+        _, _, kind = name.rpartition("/")
+        return self.first if kind in _FIRST else self.second if kind in _SECOND else 1
+
+
+PART = Share

@@ -1,0 +1,147 @@
+"""Shared moments against a plain loop of torch's AdamW: K models, whose weights and moments are averaged by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.support import CPU, Federation, Text, largest_difference, new_model, tiny_recipe, untrained, weights
+from torch import Tensor
+
+from photon.config import Recipe
+from photon.errors import ConfigError
+from photon.node.optimizers import build_optimizer
+from photon.parts.method import Method
+from photon.parts.share import Share
+
+NODES = ("ada", "bob", "cyd")
+# An epsilon well above the grid of the merge (2e-16): the root of a second moment of 1e-16 would show it.
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-4, "batch_size": 2}
+
+
+def recipe(*parts: str, rounds: int = 4, **sections: Any) -> Recipe:
+    return tiny_recipe(
+        node={**ADAMW, **sections.pop("node", {})}, federation={"rounds": rounds, "parts": list(parts)}, **sections
+    )
+
+
+def plain_loop(
+    recipe: Recipe, periods: Mapping[str, int], sets_steps: bool = True, mean: bool = True
+) -> dict[str, Tensor]:
+    """Local AdamW at each node; weights are averaged each round, a moment every `periods[kind]` rounds (0: never).
+
+    Without `mean` everybody gets the first node's moments; without `sets_steps` their counts of steps stay their own.
+    """
+    tau, size = recipe.federation.tau, recipe.node.batch_size
+    models = {name: new_model(recipe, torch.float64) for name in NODES}
+    optimizers = {name: build_optimizer(model, recipe.node, CPU) for name, model in models.items()}
+    for index in range(recipe.federation.rounds):
+        for name, model in models.items():
+            if index and not sets_steps:
+                for state in optimizers[name].state.values():
+                    state["step"].fill_(1.0)
+            for step in range(index * tau, (index + 1) * tau):
+                batch = torch.from_numpy(Text(name).batch(step * size, size))
+                model.zero_grad()
+                model.loss(batch[:, :-1], batch[:, 1:]).backward()
+                optimizers[name].step()
+        with torch.no_grad():
+            for group in zip(*(model.parameters() for model in models.values()), strict=True):
+                average(list(group), mean=True)
+                for kind, period in periods.items():
+                    if period and (index + 1) % period == 0:
+                        average([optimizers[name].state[p][kind] for name, p in zip(NODES, group, strict=True)], mean)
+    return {name: parameter.detach() for name, parameter in models["ada"].named_parameters()}
+
+
+def average(tensors: list[Tensor], mean: bool) -> None:
+    value = torch.stack([tensor.detach() for tensor in tensors]).mean(0) if mean else tensors[0].detach().clone()
+    for tensor in tensors:
+        tensor.copy_(value)
+
+
+def trained(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
+    state = Federation(folder, recipe, dtype=torch.float64).run()
+    return {name: tensor for name, tensor in weights(state).items() if "/" not in name}
+
+
+@pytest.mark.parametrize(
+    ("part", "periods"),
+    [
+        ("share", {"exp_avg": 1, "exp_avg_sq": 1}),
+        ("share(first=0)", {"exp_avg": 0, "exp_avg_sq": 1}),
+        ("share(second=0)", {"exp_avg": 1, "exp_avg_sq": 0}),
+        ("share(first=2, second=3)", {"exp_avg": 2, "exp_avg_sq": 3}),
+    ],
+)
+def test_it_is_local_adam_with_averaged_moments(tmp_path: Path, part: str, periods: dict[str, int]) -> None:
+    asked = recipe(part)
+    ours = trained(tmp_path, asked)
+    assert largest_difference(ours, plain_loop(asked, periods)) < 1e-8
+    # The mutants: moments that stay at home, one node's moments for all, steps counted from each round's start.
+    assert largest_difference(ours, plain_loop(asked, {"exp_avg": 0, "exp_avg_sq": 0})) > 1e-6
+    assert largest_difference(ours, plain_loop(asked, periods, mean=False)) > 1e-6
+    assert largest_difference(ours, plain_loop(asked, periods, sets_steps=False)) > 1e-6
+
+
+def test_without_it_moments_stay_at_home(tmp_path: Path) -> None:
+    asked = recipe()
+    assert largest_difference(trained(tmp_path, asked), plain_loop(asked, {})) < 1e-8
+
+
+def test_what_it_costs_is_on_the_ledger(tmp_path: Path) -> None:
+    def bodies(name: str, *parts: str) -> tuple[int, int]:
+        link = Federation(tmp_path / name, recipe(*parts, rounds=6)).run().progress.link
+        return link.up.body, link.down.body
+
+    (up, _), (both_up, both_down) = bodies("plain"), bodies("both", "share")
+    _, plain_down = bodies("again")
+    assert both_up / up == pytest.approx(3, rel=0.1)
+    assert both_down / plain_down == pytest.approx(3, rel=0.1)
+    rare_up, _ = bodies("rare", "share(first=3, second=6)")
+    assert rare_up / up == pytest.approx(1 + 1 / 3 + 1 / 6, rel=0.1)
+
+
+def test_with_muon_each_parameter_shares_what_its_own_rule_keeps() -> None:
+    shared = weights(untrained(recipe("share", node={"optimizer": "muon"})))
+    names = [name for name in shared if "/" not in name]
+    kinds = {name: {key.partition("/")[2] for key in shared if key.startswith(f"{name}/")} for name in names}
+    assert kinds["embed_tokens.weight"] == {"exp_avg", "exp_avg_sq"}
+    assert {frozenset(of) for of in kinds.values()} == {
+        frozenset({"momentum_buffer"}),
+        frozenset({"exp_avg", "exp_avg_sq"}),
+    }
+
+
+def test_a_node_that_comes_late_takes_the_moments_of_the_others(tmp_path: Path) -> None:
+    """With one node a round in turn, the moments go from hand to hand: that is one Adam over all their text."""
+    asked = recipe("share", rounds=5).model_copy()
+    one = asked.model_copy(update={"federation": asked.federation.model_copy(update={"nodes_per_round": 1})})
+    federation = Federation(tmp_path, one, dtype=torch.float64)
+    ours = {name: tensor for name, tensor in weights(federation.run()).items() if "/" not in name}
+    model = new_model(one, torch.float64)
+    optimizer, places = build_optimizer(model, one.node, CPU), dict.fromkeys(NODES, 0)
+    for event in federation.rounds():
+        (name,) = event.nodes
+        for _ in range(one.federation.tau):
+            batch = torch.from_numpy(Text(name).batch(places[name], 2))
+            places[name] += 2
+            model.zero_grad()
+            model.loss(batch[:, :-1], batch[:, 1:]).backward()
+            optimizer.step()
+    assert largest_difference(ours, {n: p.detach() for n, p in model.named_parameters()}) < 1e-8
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for parameters in ({"first": 0, "second": 0}, {"first": -1}):
+        with pytest.raises(ValueError, match="share"):
+            Share(**parameters)
+    with pytest.raises(ConfigError, match="keep"):
+        Method.of(recipe("share(second=2)", node={"optimizer_state": "reset"}))
+    with pytest.raises(ConfigError, match="nothing to share"):
+        Method.of(recipe("share", node={"optimizer": "sgd"}))
+    with pytest.raises(ConfigError, match=r"there is no part `shares`; did you mean `share`\?"):
+        Method.of(recipe("shares"))

@@ -249,7 +249,10 @@ def imports(source: str) -> set[str]:
 @pytest.mark.parametrize(
     ("part", "allowed"),
     [
-        ("aggregator", {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "parts", "stopwatch", "track"}),
+        (
+            "aggregator",
+            {"aggregator", "config", "durable", "errors", "events", "fabric", "link", "parts", "stopwatch", "track"},
+        ),
         ("node", {"node", "config", "data", "durable", "errors", "events", "link", "model", "parts", "stopwatch"}),
         ("parts", {"parts", "config", "errors", "notation"}),
         ("link", {"link", "config", "errors", "notation"}),

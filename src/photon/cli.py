@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from photon import __version__
+from photon.cli_compare import add_compare
 from photon.cli_keys import keys_app
 from photon.cli_plan import add_plan
 from photon.cli_sites import add_commands
@@ -28,6 +29,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 add_commands(app)
 add_plan(app)
+add_compare(app)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Options to change.")]
@@ -54,6 +56,7 @@ def _root(
 photon train   (the preset demo: four owners, this machine, about 3 minutes)\n
 photon train demo federation.rounds=40 node.lr=4e-3 --run runs/longer\n
 photon train demo federation.outer=none   (the same tokens, centralised: the baseline)\n
+photon train demo --method diloco   (a method laid over the recipe: photon methods)\n
 photon train my-recipe.toml\n
 photon train --fabric flower   (the same federation, each node a process of its own)\n
 photon train --resume runs/longer"""
@@ -64,6 +67,9 @@ def train(
         typer.Argument(metavar="[RECIPE] [section.key=value ...]", help="Preset or TOML file (default demo); options."),
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>-<time>.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Lay this method over the recipe: a name, or a .toml file.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on exactly where this run was.")] = None,
     fabric: Annotated[
         str | None, typer.Option(help="local, or flower: every node a process of its own, joined over the network.")
@@ -75,14 +81,15 @@ def train(
     """Train one model across all silos of a recipe, on this machine."""
     from photon import run as runs
     from photon.display import open_display
+    from photon.method import apply_method, load_method
     from photon.recipe import load_recipe
     from photon.results import show_results
     from photon.runfolder import RunFolder, new_run_folder
 
     words = words or []
     if resume is not None:
-        if words or run is not None or fabric is not None:
-            raise InputError("--resume takes no recipe, options or --run: the run folder holds its own recipe")
+        if words or run is not None or fabric is not None or method is not None:
+            raise InputError("--resume takes no recipe, options, --method or --run: the run folder has its own recipe")
         folder = RunFolder(resume)
         with open_display(sys.stdout) as display:
             summary = runs.resume(folder, display, round_index)
@@ -90,7 +97,10 @@ def train(
         if round_index is not None:
             raise InputError("--round goes with --resume")
         recipe_name, overrides = split_words(words)
-        recipe = load_recipe(recipe_name, [*overrides, *([f"link.fabric={fabric}"] if fabric else [])])
+        overrides += [f"link.fabric={fabric}"] if fabric else []
+        recipe = (
+            apply_method(load_method(method), recipe_name, overrides) if method else load_recipe(recipe_name, overrides)
+        )
         folder = new_run_folder(recipe.name, run)
         with open_display(sys.stdout) as display:
             summary = runs.train(recipe, folder, display)

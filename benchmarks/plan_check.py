@@ -20,8 +20,9 @@ from tests.faults.sites import write_texts
 
 from benchmarks.common import RESULTS, Out, Report
 from photon.devices import ideal_speed
+from photon.plan_bytes import round_bytes
 from photon.plan_sizes import link_codecs, model_facts
-from photon.planner import RoundPrediction, predict_round, round_bytes
+from photon.planner import RoundPrediction, predict_round
 from photon.report_plan import phases_of
 
 _NETWORK = "messages and transfer"

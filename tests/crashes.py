@@ -76,21 +76,22 @@ def survives(
 
 
 def steps_that_do_not_survive(
-    folder: Path, look: Callable[[Federation], object] = lambda again: None, **sections: Any
+    folder: Path, look: Callable[[Federation], object] = lambda again: None, begin: int = 1, **sections: Any
 ) -> Iterator[str]:
-    """Crash at each step of a second round, its commit and the end of the run; say which of them showed.
+    """Crash at each step of the round after `begin`, its commit and the end of the run; say which of them showed.
 
     `look` is shown every federation that went on after a crash.
     """
+    changes = sections.pop("federation", {})
 
     def recipe(rounds: int) -> Recipe:
-        options = {"rounds": rounds, "tau": 1, "outer": "nesterov", "outer_lr": 0.7}
+        options = {"rounds": rounds, "tau": 1, "outer": "nesterov", "outer_lr": 0.7, **changes}
         return tiny_recipe(["ada", "bob"], federation=options, **sections)
 
     begun, whole = folder / "begun", folder / "whole"
-    Federation(begun, recipe(1)).run()
+    Federation(begun, recipe(begin)).run()
     shutil.copytree(begun, whole)
-    undisturbed = Federation(whole, recipe(2))
+    undisturbed = Federation(whole, recipe(begin + 1))
     with crash_at(-1) as done:
         expected = (undisturbed.run().model_sha256, without_timings(undisturbed.events()))
     assert set(done) == {
@@ -98,5 +99,5 @@ def steps_that_do_not_survive(
         "record an event", "make events durable",
     }  # fmt: skip
     for step, what in enumerate(done):
-        if not survives(folder / str(step), begun, recipe(2), expected, step, look):
+        if not survives(folder / str(step), begun, recipe(begin + 1), expected, step, look):
             yield f"{step}: {what}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from photon.cli import app, main, split_words
 from photon.errors import InputError
 
 FROZEN = {
-    "train": ["words", "--run", "--resume", "--fabric", "--round"],
+    "train": ["words", "--run", "--method", "--resume", "--fabric", "--round"],
     "aggregator": ["--keys", "words", "--listen", "--run", "--resume"],
     "node": ["--keys", "--aggregator", "--silo", "--state", "--socket"],
     "status": ["target", "--keys", "--json", "--watch"],
@@ -40,6 +41,11 @@ FROZEN = {
         "--baseline-steps-per-second", "--baseline-bytes-per-parameter", "--utilisation", "--price-device",
         "--price-traffic", "--paper", "--sweep", "--out", "--json",
     ],
+    "compare": [
+        "words", "--methods", "--budget", "--seeds", "--target-loss", "--links", "--plan-device", "--tune", "--jobs",
+        "--out",
+    ],
+    "methods": ["name"],
 }  # fmt: skip
 
 
@@ -102,6 +108,17 @@ MISTAKES = {
     "unknown command": (["trian"], "trian"),
     "unknown flag": (["train", "--rnu", "x"], "--rnu"),
     "unknown preset to print": (["presets", "demmo"], "demo"),
+    "unknown method to print": (["methods", "dilocco"], "diloco"),
+    "unknown method to train": (["train", "--method", "dilocco"], "diloco"),
+    "resume with a method": (["train", "--method", "diloco", "--resume", "."], "takes no recipe"),
+    "unknown method to compare": (["compare", "--methods", "fedavg,dilocco"], "diloco"),
+    "no methods": (["compare", "--methods", ","], "--methods names none"),
+    "method twice": (["compare", "--methods", "fedavg,fedavg"], "named twice"),
+    "no budget": (["compare", "--budget", "a lot"], "tokens=8M"),
+    "more points than a grid has": (["compare", "--methods", "fedavg", "--tune", "99"], "at most 5"),
+    "no bandwidth": (["compare", "--links", "fast"], "--links"),
+    "target below nothing": (["compare", "--target-loss", "-1"], "--target-loss"),
+    "compared device": (["compare", "--methods", "fedavg", "node.device=cuda:99", "--out", "o"], "cuda:99"),
 }
 
 
@@ -141,6 +158,15 @@ def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     code, text = photon("presets", "demo", capsys=capsys)
     assert code == 0
     assert "[[silo]]" in text
+
+
+def test_methods_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output = photon("methods", capsys=capsys)
+    assert code == 0
+    assert all(name in output for name in ("per-step", "fedavg", "diloco", "2311.08105"))
+    code, text = photon("methods", "diloco", capsys=capsys)
+    assert code == 0
+    assert tomllib.loads(text)["set"]["federation.outer"] == "nesterov"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,9 +107,22 @@ def test_time_left_is_the_mean_of_the_latest_rounds(
     assert view.seconds_left is None
     for index, duration in enumerate(durations, start=1):
         clock_s += duration
-        view.fold(done.model_copy(update={"round": first + index, "seconds": clock_s}))
+        number = first + index
+        step = number * start.tau
+        view.fold(done.model_copy(update={"round": number, "sequential_step": step, "seconds": clock_s}))
     latest = durations[-8:]
     assert view.seconds_left == pytest.approx(to_go * sum(latest) / len(latest), abs=1e-6)
+
+
+def test_time_left_is_of_steps_where_rounds_differ_in_theirs(make_events: MakeEvents) -> None:
+    """Rounds of 4, 4 and 6 steps at 3 s a step, of 10 rounds x 4 steps: 26 steps are left, not 7 rounds."""
+    start, done = (next(e for e in make_events() if isinstance(e, kind)) for kind in (RunStarted, RoundDone))
+    assert isinstance(start, RunStarted)
+    view = RunView()
+    view.fold(start.model_copy(update={"rounds": 10, "tau": 4, "seconds": 0.0}))
+    for number, step in enumerate((4, 8, 14), start=1):
+        view.fold(done.model_copy(update={"round": number, "sequential_step": step, "seconds": 3.0 * step}))
+    assert view.seconds_left == pytest.approx(26 * 3.0)
 
 
 def test_time_left_after_a_resume_forgets_the_time_before(make_events: MakeEvents) -> None:

@@ -27,6 +27,7 @@ def recipe(*overrides: str) -> Recipe:
         (["node.device=cuda:0", "link.fabric=flower"], 6, 8, 12),
         (["node.optimizer=sgd", "federation.outer=nesterov"], 6, 0, 20),
         (["node.optimizer=sgd", "node.momentum=0.9", "federation.outer=yogi"], 6, 4, 24),
+        (["federation.parts=share"], 6, 8, 16),
     ],
 )
 def test_bytes_per_parameter(overrides: list[str], weights: int, optimizer: int, aggregator: int) -> None:
@@ -38,6 +39,16 @@ def test_bytes_per_parameter(overrides: list[str], weights: int, optimizer: int,
     assert estimate.aggregator_bytes == aggregator * 1_000_000
     parts = (estimate.weights_bytes, estimate.gradients_bytes, estimate.optimizer_bytes, estimate.activations_bytes)
     assert estimate.node_bytes == sum(parts)
+
+
+@pytest.mark.parametrize("part", ["median", "trimmed_mean(share=0.34)", "geometric_median", "norm_clipped_mean"])
+def test_a_merge_of_gathered_updates_has_no_accumulator(part: str) -> None:
+    silos = "".join(SILO.replace("core", name) for name in ("a", "b", "c"))
+    overrides = ["data.vocab_size=1000", "federation.outer=nesterov"]
+    plain = memory_estimate(parse_recipe(silos, "test", overrides), 1_000_000)
+    robust = memory_estimate(parse_recipe(silos, "test", [*overrides, f"federation.parts={part}"]), 1_000_000)
+    assert (plain.aggregator_bytes, robust.aggregator_bytes) == (20_000_000, 12_000_000)
+    assert plain.node_bytes == robust.node_bytes
 
 
 def test_what_a_lossy_codec_leaves_out_is_kept_twice_while_the_next_update_is_encoded() -> None:

@@ -53,7 +53,7 @@ class RunView:
         self.last: RoundDone | None = None
         self.evaluations: list[Evaluated] = []
         self.finish: RunFinished | None = None
-        self._round_seconds: deque[float] = deque(maxlen=_ROUNDS_FOR_TIME_LEFT)
+        self._latest: deque[tuple[float, int]] = deque(maxlen=_ROUNDS_FOR_TIME_LEFT)  # seconds and steps of rounds
         self._round_began_s = 0.0
 
     def fold(self, event: Event) -> None:
@@ -61,7 +61,9 @@ class RunView:
         if isinstance(event, RunStarted):
             self.start, self._round_began_s = event, event.seconds
         elif isinstance(event, RoundDone):
-            self._round_seconds.append(event.seconds - self._round_began_s)
+            before = self.last.sequential_step if self.last is not None else None
+            steps = event.sequential_step - before if before is not None else self.start.tau if self.start else 1
+            self._latest.append((event.seconds - self._round_began_s, steps))
             self.last, self._round_began_s = event, event.seconds
         elif isinstance(event, Evaluated):
             self.evaluations.append(event)
@@ -77,11 +79,12 @@ class RunView:
 
     @property
     def seconds_left(self) -> float | None:
-        """Rounds to go x mean wall time of the latest rounds of this session; None before the first is done."""
-        if self.start is None or not self._round_seconds:
+        """Sequential steps to go x wall time of a step in the latest rounds of this session; None before the first."""
+        steps = sum(steps for _, steps in self._latest)
+        if self.start is None or self.last is None or steps < 1:
             return None
-        mean_s = sum(self._round_seconds) / len(self._round_seconds)
-        return max(0, self.start.rounds - self.rounds_done) * mean_s
+        step_s = sum(seconds for seconds, _ in self._latest) / steps
+        return max(0, self.start.rounds * self.start.tau - self.last.sequential_step) * step_s
 
 
 class PlainDisplay:
@@ -112,7 +115,9 @@ class PlainDisplay:
             elif isinstance(event, Evaluated):
                 # Nodes score the model of one round while they do the next, so that round's line tells it. The first
                 # and the last score stand alone.
-                if event.round == 0 or (self._view.start is not None and event.round >= self._view.start.rounds):
+                start = self._view.start
+                is_last = start is not None and event.sequential_step >= start.rounds * start.tau
+                if event.round == 0 or is_last:
                     self._print(_evaluation_line(event))
                 else:
                     self._untold = event

@@ -133,6 +133,10 @@ class NumberedStates:
         """Where state `number` is or would be."""
         return self.root / f"{number:0{_DIGITS}d}"
 
+    def pending(self, name: str) -> Path:
+        """Where something that belongs to no state may lie until the next `prune`."""
+        return self.root / f"{_PENDING}{name}"
+
     def draft(self, chunks: Iterable[Chunk]) -> Draft:
         """Write a file that is needed before the state that it will be part of; the next `prune` removes it."""
         folder = self.root / f"{_PENDING}draft-{secrets.token_hex(4)}"

@@ -6,9 +6,15 @@ model instance: devices that shard a node's model share them, virtual nodes on o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from photon.config import Recipe
+
+if TYPE_CHECKING:
+    from photon.parts.method import Method
 
 _FLOAT32_BYTES = 4
 _BFLOAT16_BYTES = 2
@@ -19,24 +25,44 @@ _OUTER_STATE_BYTES = {"momentum": 4, "nesterov": 4, "adam": 8, "yogi": 8, "fedav
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How many numbers a federation shares: the weights and, with some parts, optimizer state (`photon.parts.base`).
+
+    `values` are all of them, `most_exchanged` those of the round that exchanges most. `optimizer_bytes` is the state of
+    a part's own local optimizer; None: the recipe's is used. `photon.plan_sizes.model_facts` counts them.
+    """
+
+    values: int
+    most_exchanged: int
+    optimizer_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. A node's first four are on its device while it trains; `update_bytes`, `codec_bytes` in main memory."""
+    """Bytes. A node's first five are on its device; `update_bytes`, `codec_bytes` in main memory.
+
+    `disk_bytes` is what a node keeps there from one round to the next: one state, of which `checkpoint` says how many
+    are kept, and where messages build on it the base.
+    """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    method_bytes: int
     update_bytes: int
     codec_bytes: int
+    disk_bytes: int
     aggregator_bytes: int
 
     @property
     def node_bytes(self) -> int:
         """What training needs on a node's device."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return held + self.activations_bytes + self.method_bytes
 
 
-def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
+def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = None) -> MemoryEstimate:
     """Estimate the memory of `recipe` with a model of `parameters` parameters (tied ones counted once).
 
     Per parameter, a node holds float32 weights and gradients (4 + 4 bytes), with mixed precision a bfloat16 copy (2),
@@ -48,41 +74,118 @@ def memory_estimate(recipe: Recipe, parameters: int) -> MemoryEstimate:
     optimizer's state (0, 4 or 8): the number of nodes does not enter. The model as it is sent, and with a lossy
     downlink the base that nodes rebuild, lie in a file. On the local fabric one reply is in memory (4 at most); over a
     network it lies in a file too, and of what is in a file one tensor at a time is read.
+    A merge of `federation.parts` that is not the mean has no accumulator: updates lie in files then, each as large as
+    the exact model (4 bytes of disk per parameter and node of a round). All of them together take 8 MiB of memory, and
+    the merged update is made a tensor at a time.
     Activations are those of `node.micro_batch_size` sequences, or of one, the least that works, if that is `auto`.
+    `shared` says what parts share beside the weights; None: nothing. Of all that is shared the base is made (at the
+    node, on its disk, in the Aggregator's model), of what a round exchanges the update, the reply and the merge. A node
+    takes the differences of shared state on its device, where activations were. A part that corrects gradients needs
+    the base there (4); one by which nodes keep weights of their own, a copy of them beside the update and on disk (4).
+    Where a round exchanges only some tensors, the base is on disk, and the message that tells it in the Aggregator's
+    memory, in the place of the last reply, until it is committed.
     """
-    outer_bytes = _OUTER_STATE_BYTES[recipe.federation.outer]
-    reply_bytes = _FLOAT32_BYTES if recipe.link.fabric == "local" else 0
+    method = _method(recipe)
+    shared = shared or Shared(parameters, parameters)
+    exchanged_bytes = shared.most_exchanged * _FLOAT32_BYTES
+    activations_bytes = _activations_bytes(recipe)
+    differences_bytes = (shared.values - parameters) * _FLOAT32_BYTES
+    base_there_bytes = parameters * _FLOAT32_BYTES if _corrects(method) and recipe.node.device != "cpu" else 0
+    own_weights_bytes = parameters * _FLOAT32_BYTES if method is not None and method.keeps_weights else 0
+    has_message = recipe.link.fabric == "local" or (method is not None and method.is_partial)
+    merge_bytes = 0 if method is not None and method.merged else _ACCUMULATOR_BYTES
+    aggregator_bytes = shared.values * _FLOAT32_BYTES + shared.most_exchanged * merge_bytes
     return MemoryEstimate(
         weights_bytes=parameters * (_FLOAT32_BYTES + (_BFLOAT16_BYTES if _is_mixed(recipe) else 0)),
         gradients_bytes=parameters * _FLOAT32_BYTES,
-        optimizer_bytes=optimizer_bytes(recipe, parameters),
-        activations_bytes=_activations_bytes(recipe),
-        update_bytes=parameters * 2 * _FLOAT32_BYTES,
-        codec_bytes=2 * residual_bytes(recipe, parameters),
-        aggregator_bytes=parameters * (_FLOAT32_BYTES + _ACCUMULATOR_BYTES + outer_bytes + reply_bytes),
+        optimizer_bytes=optimizer_bytes(recipe, parameters, shared),
+        activations_bytes=activations_bytes,
+        method_bytes=base_there_bytes + max(0, differences_bytes - activations_bytes),
+        update_bytes=shared.values * _FLOAT32_BYTES + exchanged_bytes + own_weights_bytes,
+        codec_bytes=residual_bytes(recipe, shared.values) + residual_bytes(recipe, shared.most_exchanged),
+        disk_bytes=node_state_bytes(recipe, parameters, shared)
+        + (shared.values * _FLOAT32_BYTES if _keeps_base(recipe, method) else 0),
+        aggregator_bytes=aggregator_bytes
+        + parameters * _OUTER_STATE_BYTES[recipe.federation.outer]
+        + (exchanged_bytes if has_message else 0),
+    )
+
+
+def _method(recipe: Recipe) -> Method | None:
+    """The recipe's parts, if it has any. Raises ConfigError for a part that there is not."""
+    if not recipe.federation.parts:
+        return None
+    from photon.parts.method import Method  # here, because it brings torch
+
+    return Method.of(recipe)
+
+
+def _corrects(method: Method | None) -> bool:
+    if method is None:
+        return False
+    from photon.parts.base import changes
+
+    return any(changes(part, "correct") for part in method.parts)
+
+
+def expected_nodes(recipe: Recipe) -> float:
+    """Nodes of a round whose updates count: K, and with `federation.dropout` the mean over the draws.
+
+    Each of the n that are drawn drops out with probability p, but one stays if all would: that leaves n (1 - p) + p^n.
+    With spares (`federation.oversample`) n is larger than K, and no more than K count.
+    """
+    nodes, p = recipe.nodes_per_round, recipe.federation.dropout
+    if not p:
+        return float(nodes)
+    n = min(len(recipe.silo), math.ceil((1 + Fraction(str(recipe.federation.oversample))) * nodes))
+    return math.fsum(
+        math.comb(n, stay) * (1 - p) ** stay * p ** (n - stay) * min(nodes, max(1, stay)) for stay in range(n + 1)
     )
 
 
 def tokens_per_round(recipe: Recipe) -> int:
-    """Tokens that one round trains on, over all its nodes; with K of P nodes sampled, the mean over the draws.
+    """Tokens that one round trains on, over all its nodes.
 
-    With `federation.balance = "time"` slower nodes take fewer steps: then a round trains on no more than this.
+    With K of P nodes sampled, and with nodes that drop out, this is the mean over the draws. With
+    `federation.balance = "time"` slower nodes take fewer steps: then a round trains on no more than this.
     """
     steps = [recipe.batch_size_of(silo) * recipe.tau_of(silo) for silo in recipe.silo]
-    return round(sum(steps) * recipe.nodes_per_round / len(recipe.silo)) * recipe.data.sequence_length
+    return round(sum(steps) * expected_nodes(recipe) / len(recipe.silo)) * recipe.data.sequence_length
 
 
-def residual_bytes(recipe: Recipe, parameters: int) -> int:
-    """What a node keeps of what a lossy `link.up` left out. Raises ConfigError on an unknown codec."""
+def residual_bytes(recipe: Recipe, values: int) -> int:
+    """What a node keeps of what a lossy `link.up` left out of so many. Raises ConfigError on an unknown codec."""
     if not recipe.link.up or not recipe.link.up_feedback:
         return 0
+    return 0 if _is_lossless(recipe.link.up, "link.up") else values * _FLOAT32_BYTES
+
+
+def node_state_bytes(recipe: Recipe, parameters: int, shared: Shared | None = None) -> int:
+    """What a node reads from its own disk as a round begins, and writes as it ends: what its codec left out, its
+    optimizer's state if that is kept, and weights of its own where parts say so."""
+    method, values = _method(recipe), shared.values if shared else parameters
+    kept = optimizer_bytes(recipe, parameters, shared) if recipe.node.optimizer_state == "keep" else 0
+    own_weights = parameters * _FLOAT32_BYTES if method is not None and method.keeps_weights else 0
+    return kept + own_weights + residual_bytes(recipe, values)
+
+
+def _keeps_base(recipe: Recipe, method: Method | None) -> bool:
+    """Whether messages down tell what a base differs by from the one that the node holds."""
+    if method is not None and method.is_partial:
+        return True
+    return bool(recipe.link.down) and recipe.link.of == "difference" and not _is_lossless(recipe.link.down, "link.down")
+
+
+def _is_lossless(stages: list[str], option: str) -> bool:
     from photon.link.codec.notation import parse_pipeline  # here, because it brings torch
 
-    return 0 if parse_pipeline(recipe.link.up, "link.up").is_lossless else parameters * _FLOAT32_BYTES
+    return parse_pipeline(stages, option).is_lossless
 
 
-def optimizer_bytes(recipe: Recipe, parameters: int) -> int:
+def optimizer_bytes(recipe: Recipe, parameters: int, shared: Shared | None = None) -> int:
     """The state of a node's optimizer."""
+    if shared is not None and shared.optimizer_bytes is not None:
+        return shared.optimizer_bytes
     match recipe.node.optimizer:
         case "adamw":
             return parameters * _ADAM_STATE_BYTES

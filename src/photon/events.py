@@ -69,7 +69,8 @@ class NodeRound(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
-    tokens: int = Field(description="Really trained on; its weight in the merge.")
+    tokens: int = Field(description="Really trained on; its weight in the merge, discounted by `age`.")
+    age: int = Field(0, description="Rounds that had ended since its task was given; 0: on time.")
     steps: int = Field(description="Local steps really taken.")
     loss_first: float = Field(description="Training loss of the first local step.")
     loss_last: float = Field(description="Of the last.")

@@ -11,8 +11,9 @@ from photon.config import Recipe
 from photon.devices import assumed_speed
 from photon.errors import ConfigError
 from photon.events import NodeRound, RoundDone, RunStarted
+from photon.plan_bytes import RoundBytes
 from photon.plan_exchange import LinkSpeed
-from photon.planner import PhaseComparison, RoundBytes, RoundPrediction, compare, predict_round
+from photon.planner import PhaseComparison, RoundPrediction, compare, predict_round
 from photon.recipe import parse_recipe
 
 _TRANSFER = "messages and transfer"
@@ -111,18 +112,22 @@ def _prediction(
     )
     line = LinkSpeed(math.inf, math.inf, math.inf, handshakes=0.0, control_round_trips=0.0)  # its time is in control_s
     bodies = list(second.round_link.values())
+    sends_differences, is_lossy = _downlink(recipe)
     sizes = RoundBytes(
         down_bytes=max((traffic.down.body for traffic in bodies), default=0),
         up_bytes=0 if at_once else max((traffic.up.body for traffic in bodies), default=0),  # here it stays in memory
         whole_bytes=start.payload_bytes,
-        sends_differences=_sends_differences(recipe),
+        sends_differences=sends_differences,
+        down_is_lossy=is_lossy,
     )
     return predict_round(recipe, start.parameters, sizes, machine, line)
 
 
-def _sends_differences(recipe: Recipe) -> bool:
-    if not recipe.link.down:
-        return False
+def _downlink(recipe: Recipe) -> tuple[bool, bool]:
+    """Whether it sends differences, and whether it is lossy."""
+    if not recipe.link.down and not recipe.federation.parts:
+        return False, False
     from photon.plan_sizes import link_codecs  # here, because it brings torch
 
-    return link_codecs(recipe).sends_differences
+    codecs = link_codecs(recipe)
+    return codecs.sends_differences, codecs.down_is_lossy

@@ -90,7 +90,11 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
 
 def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
     """Whether nothing is left to do but to write the results: the last event says so, and follows the export."""
-    if max(NumberedStates(folder.rounds).numbers(), default=0) < recipe.federation.rounds or not folder.model.is_dir():
+    states = NumberedStates(folder.rounds)
+    newest = max(states.numbers(), default=None)
+    # By steps: with a tau that varies a run may end after fewer rounds than planned, or more.
+    steps = states.fields(newest).get("sequential_step", 0) if newest is not None else 0
+    if steps < recipe.federation.sequential_steps or not folder.model.is_dir():
         return False
     events = read_events(folder.metrics)
     return bool(events) and isinstance(events[-1], RunFinished)

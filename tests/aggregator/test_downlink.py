@@ -41,19 +41,20 @@ def link(**options: Any) -> LinkConfig:
 class Sender:
     """The Aggregator's end alone: `move` is a round in which the model becomes another."""
 
-    def __init__(self, config: LinkConfig) -> None:
-        self.weights, self.downlink = model(0), Downlink(config)
+    def __init__(self, config: LinkConfig, is_partial: bool = False) -> None:
+        self.weights, self.downlink = model(0), Downlink(config, is_partial=is_partial)
         self.base, self.rounds = encode_tensors(self.weights), 0
 
     @property
     def sha256(self) -> str:
         return sha256_hex(self.base)
 
-    def move(self, seed: int) -> None:
+    def move(self, seed: int, *moved: str) -> None:
         self.rounds += 1
         for name, tensor in model(seed).items():
-            self.weights[name].add_(tensor, alpha=0.1)
-        tensors = self.downlink.advance(self.weights, self.base, self.sha256, f"{self.rounds}")
+            if not moved or name in moved:
+                self.weights[name].add_(tensor, alpha=0.1)
+        tensors = self.downlink.advance(self.weights, self.base, self.sha256, f"{self.rounds}", moved or None)
         self.base = b"".join(streamed_chunks(self.weights, tensors))
 
     def tell(self, node: str) -> Told:

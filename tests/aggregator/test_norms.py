@@ -22,6 +22,7 @@ from photon.aggregator.norms import (
     norm_of,
     remember,
     robust_bound,
+    same_turns,
     warmup_share,
 )
 from photon.errors import ReplyRefusedError, RoundFailedError
@@ -201,6 +202,76 @@ def test_the_window_forgets() -> None:
     assert history == tuple(((float(t), 1),) for t in range(20 - WINDOW_ROUNDS, 20))
 
 
+# --- fragments ------------------------------------------------------------------------------------------------------
+
+# How long one step's update of each fragment is: a few norms move far, a large embedding hardly.
+SCALES = (1.0, 30.0, 1.0, 0.02, 1.0, 1.0, 1.0, 1.0)
+
+
+def fragment_refusals(
+    law: float, share: float = 1.0, own_turns: bool = True, counts_rounds: bool = True, liar: float = 1.0
+) -> tuple[int, int]:
+    """Updates refused of honest nodes, and of one that multiplies its own: 8 nodes, 8 fragments, 80 rounds.
+
+    In each round a `share` of the nodes takes part; who did not the round before, begins with the base.
+    """
+    rng, history, refused = random.Random(7), (), [0, 0]
+    count, warmup, since = len(SCALES), 300, dict.fromkeys(range(8), 0)
+    for t in range(80):
+        period = count if own_turns else 1
+        known, rounds = same_turns(history, t, period, lambda turn: (f"{turn % count}",) if own_turns else ("all",))
+        rounds = rounds if counts_rounds else 1
+        bound = NormBound(known, BASE, max(0, t - rounds + 1) * TAU, warmup, rounds)
+        accepted = []
+        for node in range(8):
+            if rng.random() > share:
+                since[node] = t + 1
+                continue
+            begun = max(since[node], t - count + 1, 0)
+            honest = honest_norm(begun * TAU, (t + 1 - begun) * TAU, warmup, law, rng.lognormvariate(0, 0.15))
+            norm = 0.01 * honest * SCALES[t % count] * (liar if node == 0 and t >= 16 else 1.0)
+            if is_refused(bound, norm):
+                refused[node == 0] += 1
+            else:
+                accepted.append(bound.entry(norm, TAU))
+        history = remember(history, accepted, period)
+    return refused[0], refused[1]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.7, 0.5])
+@pytest.mark.parametrize("law", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_honest_fragments_are_never_refused(law: float, share: float) -> None:
+    assert fragment_refusals(law, share) == (0, 0)
+
+
+def test_whoever_lengthens_his_fragments_is_refused_in_each_round() -> None:
+    assert fragment_refusals(0.5, liar=20.0) == (0, 64)
+
+
+def test_fragments_compared_with_each_other_or_without_their_rounds_are_refused() -> None:
+    """The mutants. One history for all; and as if behind each update were one round, in the first turns and later."""
+    assert fragment_refusals(0.5, own_turns=False, counts_rounds=False)[0] > 20
+    assert fragment_refusals(1.0, counts_rounds=False)[0] > 5
+
+
+def test_with_one_turn_the_history_is_what_it_was() -> None:
+    history: NormHistory = tuple(((float(t), 1),) for t in range(8))
+    assert same_turns(history, 30, 1, lambda turn: ("w", "b")) == (history, 1)
+    assert remember(history, [(9.0, 1)]) == (*history[1:], ((9.0, 1),))
+
+
+def test_turns_are_told_apart_by_what_was_exchanged() -> None:
+    """Weights each round, moments each third: rounds 2, 5, 8 are of one kind, all others of the other."""
+    history: NormHistory = tuple(((float(t), 1),) for t in range(10))
+    known, rounds = same_turns(history, 10, 3, lambda turn: ("w", "m") if turn == 2 else ("w",))
+    assert ([accepted[0][0] for accepted in known], rounds) == ([0, 1, 3, 4, 6, 7, 9], 1)
+    known, rounds = same_turns((*history, ()), 11, 3, lambda turn: ("w", "m") if turn == 2 else ("w",))
+    assert ([accepted[0][0] for accepted in known], rounds) == ([2, 5, 8], 3)
+    for t in range(700):
+        history = remember(history, [(float(t), 1)], 50)
+    assert len(history) == 256  # however rare a turn is
+
+
 # --- in a federation ------------------------------------------------------------------------------------------------
 
 QUORUM = {"quorum": 0.5, "suspend_after": 0}
@@ -243,6 +314,15 @@ def test_a_liar_is_refused_in_the_first_round_and_in_a_later_one(
         assert ("ada" in event.missing) == lies
         assert "ada" not in event.missing or reason in event.missing["ada"]
         assert set(event.nodes) == set(SILOS) - ({"ada"} if lies else set())
+
+
+def test_a_fragment_that_is_too_long_is_refused_and_no_honest_one(tmp_path: Path) -> None:
+    options = {"rounds": 8, "parts": ["fragments(count=2)"], **QUORUM}
+    federation = Federation(tmp_path, tiny_recipe(SILOS, federation=options), longer(50.0, 4))
+    federation.run()
+    assert [sorted(event.missing) for event in federation.rounds()] == [[]] * 4 + [["ada"]] * 4
+    assert all("federation.norm_bound" in event.missing["ada"] for event in federation.rounds()[4:])
+    assert len(federation.aggregator.progress.norms) == 8
 
 
 def test_without_the_bound_such_a_liar_is_believed(tmp_path: Path) -> None:

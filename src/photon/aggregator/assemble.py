@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Self
 
+from photon.aggregator.late import Late
 from photon.config import Recipe
 from photon.errors import RoundFailedError
 from photon.events import NodeProgress
-from photon.fabric.base import Arrival, Fabric, NodeInfo
+from photon.fabric.base import Arrival, Fabric, Lost, NodeInfo
 from photon.link.ledger import Ledger
 from photon.track import Tracker
 
@@ -67,11 +68,14 @@ class RollCall:
         return sorted(self.expected - trainers)
 
 
-def assemble(fabric: Fabric, ledger: Ledger, tracker: Tracker, call: RollCall) -> list[NodeInfo]:
+def assemble(
+    fabric: Fabric, ledger: Ledger, tracker: Tracker, call: RollCall, late: Late | None = None
+) -> list[NodeInfo]:
     """The nodes that can be reached now and are not suspended, once the round may begin.
 
-    What nodes still send for tasks of the past is ignored, but its bytes are counted. Raises RoundFailedError, which
-    says who is missing, if the trainers among the nodes cannot make the quorum.
+    What nodes still send for tasks of the past is ignored, but its bytes are counted; what `late` ones send is kept for
+    the round. Raises RoundFailedError, which says who is missing, if the trainers among the nodes cannot make the
+    quorum.
     """
     began = time.monotonic()
     told = False
@@ -87,9 +91,12 @@ def assemble(fabric: Fabric, ledger: Ledger, tracker: Tracker, call: RollCall) -
         match fabric.receive(min(remaining_s, _POLL_S)):
             case NodeProgress() as progress:
                 tracker.progress(progress)
-            case Arrival(node, message):
-                ledger.up(node, len(message))
-                del message  # an update is large, and this loop may be long
+            case Lost() as lost if late is not None:
+                late.keep(lost)
+            case Arrival() as arrival:
+                if late is None or not late.keep(arrival):
+                    ledger.up(arrival.node, len(arrival.message))
+                del arrival  # an update is large, and this loop may be long
     if len(trainers) < call.quorum:
         raise RoundFailedError(_complaint(call, trainers))
     if told and (missing := call.missing(trainers)):

@@ -22,7 +22,7 @@ from torch import Tensor
 from photon.aggregator.state import Progress
 from photon.config import LinkConfig
 from photon.link.body import Body
-from photon.link.codec.feedback import named_memory, stage_memory, tensor_seed
+from photon.link.codec.feedback import named_memory, stage_memory, tensor_of, tensor_seed
 from photon.link.codec.notation import parse_pipeline
 from photon.link.codec.pipeline import EXACT
 from photon.link.difference import changed, rebuilt
@@ -64,7 +64,7 @@ class Downlink:
         self.sends_other_weights = self.is_lossy and not self.sends_differences and self._decay > 0
         self.memory = {name: tensor for name, tensor in (state or {}).items() if not name.startswith(_EXACT)}
         self.holders = dict(holders or {})
-        self.written_as = f"{self._codec.name} of {link.of} without {link.exact_tensors}"
+        self.written_as = f"{self._codec.name} of {link.of} without {link.exact_tensors}{' in part' * is_partial}"
         self.message: Body = b""
         self.message_from = ""
         self.stage_bytes: dict[str, int] = {}
@@ -128,7 +128,7 @@ class Downlink:
 
         survey = self._codec.survey(inputs)
         wire: dict[str, Tensor] = {}
-        memory = {} if len(told) == len(weights) else dict(self.memory)  # of what is not told, as it was
+        memory = {key: kept for key, kept in self.memory.items() if tensor_of(key) not in told}
         for name, tensor in inputs():
             encoded = self._codec.of(name).encode(
                 tensor, tensor_seed(seed, name), survey, stage_memory(self.memory, name)

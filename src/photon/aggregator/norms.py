@@ -12,6 +12,10 @@ Honest norms differ, and for reasons that the Aggregator knows. Two of them are 
   10^(1/4) = 1.8 apart in the law that suits the longer update; with sqrt(s) alone it would be 3.2. Where all nodes
   take the same number of steps the three laws are one, and give a liar no room.
 
+Where rounds exchange only some tensors, norms are compared with those of rounds that exchanged the same ones: another
+fragment of the model is larger or smaller, and its values move more or less. A node that goes on with weights of its
+own has trained a fragment for all rounds since its last turn, so their steps count.
+
 What is left (text, batch size, chance) has the factor of the bound itself: 4 x the median, or more where the nodes
 really are that different (12 robust standard deviations). Median and MAD (the median of distances from the median)
 stay where they are as long as more than half of the norms are honest. Only norms of rounds before are used, so the
@@ -21,7 +25,8 @@ order in which replies arrive decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from statistics import median
 
@@ -32,6 +37,7 @@ from photon.errors import ReplyRefusedError
 
 WINDOW_ROUNDS = 8
 ENOUGH_NORMS = 6
+_MOST_ROUNDS = 256  # that are remembered; what has its turn more rarely than that is bounded by the base alone
 _TIMES_MEDIAN = 4.0
 _DEVIATIONS = 12.0
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
@@ -57,9 +63,27 @@ def warmup_share(first_step: int, steps: int, warmup_steps: int) -> float:
     return (climbed / max(warmup_steps, 1) + steps - rising) / steps
 
 
-def remember(history: NormHistory, accepted: Iterable[tuple[float, int]]) -> NormHistory:
-    """The history with one more round, and without those that have left the window."""
-    return (*history, tuple(accepted))[-WINDOW_ROUNDS:]
+def remember(history: NormHistory, accepted: Iterable[tuple[float, int]], period: int = 1) -> NormHistory:
+    """The history with one more round, and without those that have left the window.
+
+    `period` is the rounds after which what is exchanged begins anew: the window has room for each turn as often.
+    """
+    return (*history, tuple(accepted))[-min(WINDOW_ROUNDS * period, _MOST_ROUNDS) :]
+
+
+def same_turns(
+    history: NormHistory, round_index: int, period: int, exchanged: Callable[[int], Sequence[str]]
+) -> tuple[NormHistory, int]:
+    """Of the history of a run that stands before `round_index`, the rounds that exchanged the tensors of that round.
+
+    Also how many rounds it is since the last of them, or since the run began. `exchanged` repeats after `period`.
+    """
+    first = round_index - len(history)
+    turns = {turn: exchanged(turn) for turn in {index % period for index in range(first, round_index + 1)}}
+    now = turns[round_index % period]
+    rounds = [index for index in range(first, round_index) if turns[index % period] == now]
+    alike = tuple(history[index - first] for index in rounds)
+    return alike[-WINDOW_ROUNDS:], round_index - (rounds[-1] if rounds else -1)
 
 
 def norm_of(tensors: Mapping[str, Tensor]) -> float:
@@ -79,17 +103,28 @@ def squares_of(tensor: Tensor) -> float:
 class NormBound:
     """The bound of one round. `base` are the weights that updates start from, `first_step` its sequential step.
 
+    Behind an update are the steps of `rounds` rounds, from `first_step` on, as many in each as in this one.
+
     While fewer than ENOUGH_NORMS norms are known (or all of them are zero) an update may be 100 times as long as the
     base: that stops what would destroy the model, no more.
     """
 
-    def __init__(self, history: NormHistory, base: Mapping[str, Tensor], first_step: int, warmup_steps: int) -> None:
+    def __init__(
+        self, history: NormHistory, base: Mapping[str, Tensor], first_step: int, warmup_steps: int, rounds: int = 1
+    ) -> None:
+        self._rounds = rounds
         self._known = [entry for accepted in history for entry in accepted]
         self._base, self._first_step, self._warmup_steps = base, first_step, warmup_steps
 
+    def since(self, first_step: int) -> NormBound:
+        """The same for an update that was begun at another sequential step."""
+        other = copy(self)
+        other._first_step = first_step
+        return other
+
     def limit(self, steps: int) -> float:
         """The longest update of `steps` >= 1 local steps that is accepted."""
-        by_law = [bound * steps**law for law, bound in self._bounds.items()]
+        by_law = [bound * (steps * self._rounds) ** law for law, bound in self._bounds.items()]
         limit = max(by_law, default=0.0) * self._warmup_share(steps)
         return limit if limit > 0 else _TIMES_BASE * self._base_norm
 
@@ -104,7 +139,7 @@ class NormBound:
 
     def entry(self, norm: float, steps: int) -> tuple[float, int]:
         """An accepted update as the history keeps it."""
-        return norm / self._warmup_share(steps), steps
+        return norm / self._warmup_share(steps), steps * self._rounds
 
     @cached_property
     def _bounds(self) -> dict[float, float]:
@@ -118,4 +153,4 @@ class NormBound:
         return norm_of(self._base)
 
     def _warmup_share(self, steps: int) -> float:
-        return warmup_share(self._first_step, steps, self._warmup_steps)
+        return warmup_share(self._first_step, steps * self._rounds, self._warmup_steps)

@@ -60,15 +60,20 @@ class OuterOptimizer:
         self._weights = {name: _copy(tensor) for name, tensor in weights}
         self._rule = _rule(federation)
         self._names = frozenset(self._weights)
+        self._averages = False
         self._state: dict[str, dict[str, Tensor]] = {}
 
     def weights(self) -> dict[str, Tensor]:
         """The global model; these tensors are what `step` moves."""
         return dict(self._weights)
 
-    def follow(self, federation: FederationConfig, names: Iterable[str]) -> None:
-        """How the next step is taken, and which tensors it moves; at first, as the recipe says, all of them."""
+    def follow(self, federation: FederationConfig, names: Iterable[str], averages: bool = False) -> None:
+        """How the next step is taken, and which tensors it moves; at first, as the recipe says, all of them.
+
+        With `averages` the weights become the plain mean; the rule's state is what it would be had the rule moved them.
+        """
         self._rule = _rule(federation)
+        self._averages = averages
         self._names = frozenset(names)
 
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
@@ -91,7 +96,11 @@ class OuterOptimizer:
                 piece = slice(begin, begin + _CHUNK_ELEMENTS)
                 part, before = flat[piece], weight[piece].clone()
                 kept = {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
-                self._rule.move(weight[piece], part, kept)
+                if self._averages:
+                    self._rule.move(weight[piece].clone(), part, kept)
+                    _descend(1.0, weight[piece], part, {})
+                else:
+                    self._rule.move(weight[piece], part, kept)
                 gradient_squares += squares_of(part)
                 moved_squares += squares_of(before.sub_(weight[piece]))
         if sorted(seen) != sorted(self._names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from photon.aggregator.state import Progress
 from photon.events import NodeRound, RoundDone
 from photon.link.ledger import Ledger, Traffic
 from photon.link.update import TrainingReport
+from photon.stopwatch import Stopwatch
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Merged:
     missing: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, tuple[float, int]] = field(default_factory=dict)  # as the norm history keeps them
+    ages: dict[str, int] = field(default_factory=dict)  # rounds that the base of an update was behind
     tally: Tally = field(default_factory=Tally)
     merge_s: float = 0.0
 
@@ -35,6 +37,12 @@ class Merged:
     def tokens(self) -> int:
         """Tokens trained on, over all nodes that count."""
         return sum(report.tokens for report in self.reports.values())
+
+    def timed(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors; the time that it takes to make them belongs to the merge."""
+        watch = Stopwatch()
+        yield from watch.split(tensors, "merge", "outer")
+        self.merge_s += watch.seconds["merge"]
 
 
 def round_event(
@@ -66,7 +74,9 @@ def round_event(
         merged_norm=stepped.gradient_norm,
         outer_norm=stepped.moved_norm,
         nodes={
-            name: node_round(reports[name], merged.norms[name], ledger.of(name), merged.tally.seconds(name))
+            name: node_round(reports[name], merged.norms[name], ledger.of(name), merged.tally.seconds(name)).model_copy(
+                update={"age": merged.ages.get(name, 0)}
+            )
             for name in sorted(reports)
         },
         missing=dict(sorted(merged.missing.items())),

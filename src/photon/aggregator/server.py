@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,11 @@ from photon.aggregator.assemble import RollCall, assemble
 from photon.aggregator.balance import local_steps, measured
 from photon.aggregator.downlink import Downlink, Told
 from photon.aggregator.drift import mean_cosine, sample_update
-from photon.aggregator.exchange import Exchange, Patience, quorum_of
+from photon.aggregator.exchange import Exchange, Patience, RawBytes, quorum_of
+from photon.aggregator.gathered import Gathered
+from photon.aggregator.late import UNIFORM_WEIGHT, Late
 from photon.aggregator.merge import Merge
-from photon.aggregator.norms import NormBound, remember
+from photon.aggregator.norms import NormBound, remember, same_turns
 from photon.aggregator.outer import OuterOptimizer
 from photon.aggregator.record import Merged, round_event
 from photon.aggregator.sampling import Draw, draw_round
@@ -60,7 +63,7 @@ class Aggregator:
         return_freed_memory()  # before the first tensor of many
         self.recipe, self.fabric, self.store, self.tracker = recipe, fabric, store, tracker
         self.progress = state.progress
-        self.method = Method.of(recipe)
+        self.method, self.late = Method.of(recipe), Late()
         self.outer = OuterOptimizer(Downlink.exact_weights(state.downlink, state.payload), recipe.federation)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.outer.weights().items()}
         self._follow_method()
@@ -96,10 +99,12 @@ class Aggregator:
     def _follow_method(self) -> None:
         """What the method makes of the round that begins: its options, and the tensors that it exchanges."""
         progress, steps = self.progress, self.recipe.federation.sequential_steps
-        moment = Moment(progress.round, progress.sequential_step, steps, progress.agreement)
+        moment = Moment(progress.round, progress.sequential_step, steps, progress.agreement, progress.tau)
         self.federation = self.method.federation(self.recipe.federation, moment)
         self.exchanged = self.method.exchanged(self._shapes, progress.round)
-        self.outer.follow(self.federation, self.exchanged)
+        is_last = progress.sequential_step + self.federation.tau >= steps
+        self.late.begin(progress.round, 0 if is_last else self.method.late_rounds)
+        self.outer.follow(self.federation, self.exchanged, self.method.averages(moment))
 
     def _round(self) -> None:
         began = time.monotonic()
@@ -120,8 +125,9 @@ class Aggregator:
 
         # 3. The outer optimizer descends along the merged pseudo-gradient. What nodes can rebuild of the result, from
         #    what the downlink sends them, is the next base.
-        stepping = time.monotonic()
+        stepping, folding_s = time.monotonic(), merged.merge_s
         stepped = self.outer.step(merged.pseudo_gradient)
+        stepping += merged.merge_s - folding_s  # a merge of gathered updates is made while it is read
         self.payload, self.model_sha256 = self._next_base()
         self.progress = self.progress.after_round(
             self.progress.sequential_step + self.federation.tau, merged.tokens, mean_cosine(merged.samples)
@@ -150,9 +156,9 @@ class Aggregator:
     def _assemble(self) -> list[NodeInfo]:
         quorum = quorum_of(self.recipe.federation.quorum, self._nodes_per_round)
         call = RollCall.of(self.recipe, self.progress.round, self.trust.suspended, quorum, self._absent)
-        present = assemble(self.fabric, self.ledger, self.tracker, call)
+        present = assemble(self.fabric, self.ledger, self.tracker, call, self.late)
         self._absent = frozenset(call.missing({info.name for info in present if info.trains}))
-        return present
+        return [info for info in present if info.name not in self.late.tasks]
 
     def _sample(self, present: list[NodeInfo]) -> Draw:
         trainers = [info.name for info in present if info.trains]
@@ -163,27 +169,28 @@ class Aggregator:
         left = {info.name: info for info in present if info.name not in draw.dropped}
         nodes, present = [left[name] for name in draw.asked], list(left.values())
         tasks = self._tasks(nodes, present)
-        limits = {info.name: info.tokens_per_step for info in nodes}
+        training = self.late.tasks | {info.name: tasks[info.name] for info in nodes}
+        limits = self.late.limits_with({info.name: info.tokens_per_step for info in nodes})
         heldout_limits = {info.name: info.evaluation_tokens for info in present}
-        uniform = self.recipe.federation.weighting == "uniform"
+        uniform, one = self.recipe.federation.weighting == "uniform", UNIFORM_WEIGHT if self.method.late_rounds else 1
         base = self._base()
-        bound = NormBound(self.progress.norms, base, self.progress.sequential_step, self.recipe.node.warmup_steps)
-        merge = Merge(base, len(nodes) if uniform else sum(tasks[name].tau * limits[name] for name in limits))
+        bound = self._norm_bound(base)
+        merge = self._merge(base, sum(one if uniform else task.tau * limits[name] for name, task in training.items()))
         merged = Merged()
         exchange = self._exchange(draw.nodes)
         exchange.send({name: self._told(task) for name, task in tasks.items()})
         watch = Stopwatch()
         for task, message in watch.split(exchange.replies(), "nodes", "merge"):
-            reply, node = expect_reply(message), task.node
+            reply, node, age = expect_reply(message), task.node, self.late.age(task)
+            own = bound.since(task.sequential_step) if age else bound
             try:  # all of a reply is checked before any of it counts
-                scores = evaluation_report(reply, heldout_limits[node]) if task.evaluate else None
+                scores = evaluation_report(reply, heldout_limits[node]) if task.evaluate and not age else None
                 if task.tau > 0:
                     verified = verify_training(message, task, limits[node], base, self.reader)
-                    norm = verified.norm
-                    verify_norm(norm, self.recipe.link.max_update_norm)
+                    verify_norm(verified.norm, self.recipe.link.max_update_norm)
                     report = training_report(reply)
                     if self._bounds_norms:
-                        bound.verify(norm, report.steps)
+                        own.verify(verified.norm, report.steps)
             except (ReplyRefusedError, WireError) as error:
                 exchange.refuse(node, str(error))
                 continue
@@ -193,27 +200,41 @@ class Aggregator:
             if task.tau == 0:
                 continue
             self.ledger.add(node, Traffic(up=Flow(stages=verified.stage_bytes)))
-            merge.fold(self.reader.read(message, base), 1 if uniform else report.tokens)
-            merged.reports[node], merged.norms[node] = report, norm
-            merged.accepted[node] = bound.entry(norm, report.steps)
+            weight = one if uniform else report.tokens
+            _take_in(merge, node, self.reader.read(message, base), self.method.late_weight(weight, age))
+            merged.reports[node], merged.norms[node], merged.ages[node] = report, verified.norm, age
+            merged.accepted[node] = own.entry(verified.norm, report.steps)
             merged.samples[node] = sample_update(self.reader.read(message, base), base)
             del message, reply  # freed before the next one arrives, not after
         merged.missing, merged.refused = draw.dropped | exchange.missing, exchange.refused
         merged.merge_s = watch.seconds["merge"]
         if not exchange.quorum_is_met:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(exchange.missing.items()))
             raise RoundFailedError(
-                f"round {self.progress.round}: {len(merged.reports)} of {len(nodes)} nodes counted, "
-                f"federation.quorum asks for {exchange.quorum}. {reasons}. "
+                f"round {self.progress.round}: {exchange.complaint()} "
                 "The rounds before are safe: mend the nodes and resume."
             )
-        merged.pseudo_gradient = merge.result()
+        merged.pseudo_gradient = merged.timed(merge.result()) if isinstance(merge, Gathered) else merge.result()
         return merged
+
+    def _merge(self, base: Mapping[str, Tensor], max_weight: int) -> Merge | Gathered:
+        """What takes the updates of a round in: the weighted mean at once, another merge when all are there."""
+        if (rule := self.method.merged) is None:
+            return Merge(base, max_weight)
+        return Gathered(self.store.spool, base, rule)
 
     def _base(self) -> Mapping[str, Tensor]:
         """What updates are taken from; of local weights, where that is not the exact model, what nodes hold."""
         base = decode_tensors(self.payload) if self.downlink.sends_other_weights else self.outer.weights()
         return {name: base[name] for name in self.exchanged}
+
+    def _norm_bound(self, base: Mapping[str, Tensor]) -> NormBound:
+        progress, method = self.progress, self.method
+        norms, rounds = same_turns(
+            progress.norms, progress.round, method.period, lambda turn: method.exchanged(self._shapes, turn)
+        )
+        behind = rounds if method.keeps_weights else 1
+        first_step = max(0, progress.sequential_step - (behind - 1) * self.federation.tau)
+        return NormBound(norms, base, first_step, self.recipe.node.warmup_steps, behind)
 
     @property
     def _bounds_norms(self) -> bool:
@@ -238,10 +259,11 @@ class Aggregator:
 
     def _remember(self, merged: Merged) -> None:
         """What later rounds judge nodes by; committed with this one."""
+        period = self.method.period
         self.trust.charge(self.progress.round - 1, merged.refused)
         self.progress = replace(
             self.progress,
-            norms=remember(self.progress.norms, [merged.accepted[name] for name in sorted(merged.accepted)]),
+            norms=remember(self.progress.norms, [merged.accepted[name] for name in sorted(merged.accepted)], period),
             seconds_per_step=measured(self.progress.seconds_per_step, merged.reports),
         )
 
@@ -324,12 +346,16 @@ class Aggregator:
     def _exchange(self, nodes: int | None = None) -> Exchange:
         federation = self.recipe.federation
         patience = Patience(federation.quorum, federation.grace_s, federation.deadline_s, nodes)
-        return Exchange(self.fabric, self.ledger, patience, self.tracker.progress, self._told_whole, self._model_bytes)
+        progress, whole, raw = self.tracker.progress, self._told_whole, self._raw_bytes()
+        return Exchange(self.fabric, self.ledger, patience, progress, whole, raw, self.late)
 
-    @property
-    def _model_bytes(self) -> int:
-        """The global model as raw float32."""
-        return 4 * _values(self.outer.weights())
+    def _raw_bytes(self) -> RawBytes:
+        """As float32: all that is shared, what of it the round before has moved, what this one exchanges."""
+        moved = self.method.exchanged(self._shapes, self.progress.round - 1) if self.progress.round else []
+        return RawBytes(*(4 * self._values(names) for names in (self._shapes, moved, self.exchanged)))
+
+    def _values(self, names: Iterable[str]) -> int:
+        return sum(prod(self._shapes[name]) for name in names)
 
     def _told(self, task: Task) -> tuple[Task, Told]:
         """A task, and what tells its node the base."""
@@ -365,5 +391,9 @@ def _telling(task: Task, told: Told) -> tuple[Task, Told]:
     return task.model_copy(update={name: getattr(told, name) for name in fields}), told
 
 
-def _values(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
+def _take_in(merge: Merge | Gathered, node: str, update: Iterator[tuple[str, Tensor]], weight: int) -> None:
+    if isinstance(merge, Gathered):
+        merge.keep(node, update, weight)
+    else:
+        merge.fold(update, weight)
+

@@ -40,6 +40,7 @@ class Progress:
     charges: dict[str, Charge] = field(default_factory=dict)
     seconds_per_step: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None  # mean cosine between the updates of the last round
+    tau: int | None = None  # local steps of the last round
     message_from: str = ""  # sha256 of the base that the downlink's message is relative to
     message_as: str = ""  # how it is written
     message_stages: dict[str, int] = field(default_factory=dict)  # what each stage of its codec left
@@ -53,6 +54,7 @@ class Progress:
             sequential_step=sequential_step,
             tokens=self.tokens + tokens,
             agreement=agreement,
+            tau=sequential_step - self.sequential_step,
         )
 
 
@@ -108,6 +110,11 @@ class RoundStore:
         """Write the next global model, which nodes may need before it is committed: its file, and its sha256."""
         self._draft = self._states.draft(chunks)
         return whole_file(self._draft.path), self._draft.sha256
+
+    @property
+    def spool(self) -> Path:
+        """A folder for what is of no use after the round; should it be left there, the next commit removes it."""
+        return self._states.pending("updates")
 
     def model_file(self, round_index: int) -> FileBody:
         """The global model of a committed round, in its file."""

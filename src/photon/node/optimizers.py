@@ -123,15 +123,21 @@ def import_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Ma
             buffers[key].copy_(value)
 
 
-def shared_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str]) -> dict[str, Tensor]:
-    """What a federation shares before its first round: the weights, and zeros for the optimizer state of these kinds.
+def shared_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str], device: str = "cpu"
+) -> dict[str, Tensor]:
+    """What a federation shares before its first round: the weights, and the optimizer state of these kinds.
 
-    Keyed as in `export_state`; on the CPU. A kind that the optimizer does not keep of a parameter is left out.
+    State begins at its floor (see `with_shared_state`), without one at zero.
+
+    Keyed as in `export_state`; on `device`, of which `meta` gives names and shapes alone. A kind that the optimizer
+    does not keep of a parameter is left out.
     """
     expected = _expected_state(optimizer)
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    floors = _floors(optimizer)
+    weights = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
     state = {
-        f"{name}/{kind}": torch.zeros(parameter.shape, dtype=parameter.dtype)
+        f"{name}/{kind}": torch.full(parameter.shape, floors.get(kind, 0.0), dtype=parameter.dtype, device=device)
         for name, parameter in model.named_parameters()
         for kind in sorted(expected.get(parameter, frozenset()) & set(kinds))
     }
@@ -148,10 +154,14 @@ def with_shared_state(
     """A node's own state with `shared` in its place: complete for `import_state`, whatever the node had.
 
     Parameters with shared state count their steps by the sequential step, as every node does; what else they lack is
-    zero. A second moment that a lossy codec has made negative counts as zero.
+    zero. State that a lossy codec has put below its floor is raised to it: a second moment is never negative.
+
+    A part's own optimizer may tell its `floors` by kind, and under `copies` which kinds begin each round as a copy of
+    which shared ones.
     """
     state = dict(own)
-    expected = _expected_state(optimizer)
+    expected, floors = _expected_state(optimizer), _floors(optimizer)
+    copies: Mapping[str, str] = getattr(optimizer, "copies", {})
     for name, parameter in model.named_parameters():
         if not any(f"{name}/{kind}" in shared for kind in expected.get(parameter, ())):
             continue
@@ -159,11 +169,16 @@ def with_shared_state(
             key = f"{name}/{kind}"
             if kind == "step":
                 state[key] = torch.tensor(float(sequential_step))
-            elif key in shared:
-                state[key] = shared[key].clamp_min(0) if kind == "exp_avg_sq" else shared[key]
+            elif (value := shared.get(f"{name}/{(source := copies.get(kind, kind))}")) is not None:
+                state[key] = value.clamp_min(floors[source]) if source in floors else value
             elif key not in state:
                 state[key] = torch.zeros(parameter.shape, dtype=parameter.dtype)
     return state
+
+
+def _floors(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
+    floors: Mapping[str, float] = getattr(optimizer, "floors", {"exp_avg_sq": 0.0})
+    return floors
 
 
 def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

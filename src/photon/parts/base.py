@@ -29,12 +29,14 @@ class Moment:
     """Where a run stands as a round begins.
 
     `agreement` is the mean cosine between the updates of the round before; None if there were fewer than two.
+    `tau` are the local steps of that round; None before the first.
     """
 
     round: int
     sequential_step: int
     total_steps: int
     agreement: float | None = None
+    tau: int | None = None
 
     @property
     def done(self) -> float:
@@ -72,6 +74,10 @@ class Part:
         """Of the shared tensors, those that nodes send at the end of a round, and so the Aggregator moves."""
         return shapes
 
+    def period(self) -> int:
+        """The rounds after which what is exchanged begins anew."""
+        return 1
+
     def is_partial(self) -> bool:
         """Whether there are rounds that exchange only some of the shared tensors: nodes then keep the base."""
         return False
@@ -91,7 +97,8 @@ class Part:
 
     def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer | None:
         """A local optimizer to use instead of the recipe's. Like those (`photon.node.optimizers`) it has groups with
-        `lr` and `initial_lr`, the peak, and a method `state_names(group)` that names its state of a parameter."""
+        `lr` and `initial_lr`, the peak, and a method `state_names(group)` that names its state of a parameter.
+        It may have `floors` and `copies` (see `photon.node.optimizers.with_shared_state`)."""
         return None
 
     def start(self, name: str, own: Tensor, base: Tensor) -> Tensor:
@@ -106,6 +113,19 @@ class Part:
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
         """The options that hold for one round: a schedule of tau, of the outer learning rate, of the momentum."""
         return federation
+
+    def averages(self, moment: Moment) -> bool:
+        """Whether the round's outer step is plain averaging, by which the outer optimizer only gathers its state."""
+        return False
+
+    def late_rounds(self) -> int:
+        """Rounds that a node may still be training after the end of its own, for its update to count in the one in
+        which it comes. 0: it is abandoned when its round ends."""
+        return 0
+
+    def late_weight(self, weight: int, age: int) -> int:
+        """The weight, at least 1, of an update that comes `age` rounds after its own; on time it has `weight`."""
+        return weight
 
     def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:
         """The merged pseudo-gradient, where that is not the weighted mean, in the order of the updates' tensors.

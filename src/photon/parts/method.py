@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from photon.errors import ConfigError
 from photon.notation import parse_call
 from photon.parts.base import Moment, Part, Shapes, Updates, changes
 
-_NOT_PARTS = frozenset({"base", "method"})
+_NOT_PARTS = frozenset({"base", "method", "pieces"})
 STATE_MARK = "/"  # parameter/kind: no parameter's name has one
 
 
@@ -67,7 +69,7 @@ class Method:
         return method
 
     def _check(self, recipe: Recipe) -> None:
-        for what in ("optimizer", "start", "merged"):
+        for what in ("optimizer", "start", "merged", "late_rounds"):
             if len(names := [type(part).__name__ for part in self.parts if changes(part, what)]) > 1:
                 raise ConfigError(
                     f"federation.parts: {' and '.join(names)} cannot go together: each has its own {what}"
@@ -75,6 +77,23 @@ class Method:
         if self.parts and recipe.federation.outer == "none":
             raise ConfigError(
                 "federation.parts is for federations: with federation.outer = none nobody shares anything"
+            )
+        if self.late_rounds and (self.is_partial or self.shared_state or self.merged):
+            raise ConfigError(
+                "federation.parts: updates that may come late are of whole models without optimizer state, and the "
+                "merge is their weighted mean: stale goes with no part that changes one of these"
+            )
+        for one, other in itertools.combinations(self.parts, 2):
+            if (common := math.gcd(one.period(), other.period())) > 1:
+                raise ConfigError(
+                    f"federation.parts: {type(one).__name__} and {type(other).__name__} both have their turns every "
+                    f"{common} rounds or a multiple of that, so some tensors would never have both: periods without "
+                    "a common divisor are needed"
+                )
+        if self.shared_state and self.is_partial and recipe.node.optimizer_state == "reset":
+            raise ConfigError(
+                "federation.parts: optimizer state that is not exchanged in every round needs "
+                "node.optimizer_state = keep"
             )
         if (self.is_partial or self.shared_state) and recipe.link.of == "weights":
             raise ConfigError(
@@ -89,6 +108,11 @@ class Method:
     def shared_state(self) -> frozenset[str]:
         """Kinds of optimizer state that are shared."""
         return frozenset().union(*(part.shared_state() for part in self.parts))
+
+    @property
+    def period(self) -> int:
+        """The rounds after which what is exchanged begins anew."""
+        return math.lcm(*(part.period() for part in self.parts))
 
     @property
     def is_partial(self) -> bool:
@@ -142,6 +166,21 @@ class Method:
             federation = part.federation(federation, moment)
         left = moment.total_steps - moment.sequential_step
         return federation if federation.tau <= left else federation.model_copy(update={"tau": max(1, left)})
+
+    def averages(self, moment: Moment) -> bool:
+        """Whether the outer step of the round that begins is plain averaging."""
+        return any(part.averages(moment) for part in self.parts)
+
+    @property
+    def late_rounds(self) -> int:
+        """For how many rounds after its own the update of a node that still trains may count; 0: it is abandoned."""
+        return max((part.late_rounds() for part in self.parts), default=0)
+
+    def late_weight(self, weight: int, age: int) -> int:
+        """The weight of an update that comes `age` rounds after its own."""
+        for part in self.parts:
+            weight = part.late_weight(weight, age)
+        return weight
 
     @property
     def merged(self) -> Callable[[Updates], Iterator[tuple[str, Tensor]]] | None:

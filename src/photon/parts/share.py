@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import lcm
 
 from photon.config import Recipe
 from photon.errors import ConfigError
@@ -40,6 +41,10 @@ class Share(Part):
     def shared_state(self) -> frozenset[str]:
         """The kinds whose period is not 0."""
         return frozenset((*(_FIRST if self.first else ()), *(_SECOND if self.second else ())))
+
+    def period(self) -> int:
+        """The rounds until both kinds travel in the same round."""
+        return lcm(self.first or 1, self.second or 1)
 
     def is_partial(self) -> bool:
         """Only with a period above 1."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from photon.link.codec.feedback import Sent, encode_update
+from photon.link.codec.feedback import Sent, encode_update, tensor_of
 from photon.link.codec.notation import parse_pipeline
 from photon.link.codec.pipeline import Pipeline
 
@@ -115,3 +115,31 @@ def test_random_choices_differ_by_tensor_and_message() -> None:
     assert torch.equal(first["a"], again["a"])
     assert not torch.equal(first["a"], first["b"])
     assert not torch.equal(first["a"], later["a"])
+
+
+@pytest.mark.parametrize("chain", [["lowrank(rank=1)", "int8"], ["topk(density=0.2)", "int4"], ["int8"]], ids=" ".join)
+def test_what_is_not_sent_keeps_its_state_and_nothing_is_lost(chain: list[str]) -> None:
+    """One tensor a round in turn: all that was decoded and the residuals are the sum of all that was to be sent."""
+    codec, shapes = parse_pipeline(chain), {"w": (12, 9), "w/exp_avg": (12, 9)}
+    state: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for index in range(12):
+        name, other = list(shapes)[:: 1 if index % 2 else -1]
+        update = torch.randn(shapes[name], generator=torch.Generator().manual_seed(index))
+        sent = encode_update(codec, {name: update.clone()}, state, 1.0, f"{index}")
+        assert list(sent.wire) == [name]
+        sums[name] += update - codec.of(name).decode(sent.wire[name], shapes[name], torch.float32).tensor
+        for key, kept in state.items():
+            assert tensor_of(key) in shapes
+            assert tensor_of(key) != other or torch.equal(kept, sent.state[key])
+        state = sent.state
+    for name in shapes:
+        assert torch.allclose(sums[name], state[f"residual/{name}"], atol=1e-5)
+
+
+def test_another_codec_leaves_nothing_of_the_last_ones_memory() -> None:
+    update = {name: torch.randn(12, 9) for name in ("w", "b")}
+    state = encode_update(parse_pipeline(["lowrank(rank=1)"]), dict(update), {}, 0.0, "0").state
+    assert {tensor_of(key) for key in state} == {"w", "b"}
+    after = encode_update(parse_pipeline(["int8"]), {"w": update["w"]}, state, 0.0, "1").state
+    assert {tensor_of(key) for key in after} == {"b"}

@@ -49,7 +49,7 @@ def encode_update(
     if codec.is_lossless:
         _limit(update, max_norm)
         return Sent({name: codec.of(name).encode(update.pop(name), 0, None, {}).wire for name in list(update)}, {})
-    others = {key: tensor for key, tensor in state.items() if _tensor_of(key) not in update}
+    others = {key: tensor for key, tensor in state.items() if tensor_of(key) not in update}
     inputs = {}
     for name in list(update):
         inputs[name] = update.pop(name).detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
@@ -69,9 +69,9 @@ def encode_update(
     return Sent(sent.wire, others | sent.state)
 
 
-def _tensor_of(key: str) -> str:
-    """The tensor that a piece of state belongs to."""
-    return key.removeprefix(_RESIDUAL) if key.startswith(_RESIDUAL) else key.removeprefix(_MEMORY).rpartition("/")[0]
+def tensor_of(key: str) -> str:
+    """The tensor that a piece of state belongs to: its residual, or under `tensor/stage/key` what a stage remembers."""
+    return key.removeprefix(_RESIDUAL) if key.startswith(_RESIDUAL) else key.removeprefix(_MEMORY).rsplit("/", 2)[0]
 
 
 def stage_memory(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,0 +1,190 @@
+"""What a comparison has to run: for each method, seed and tuning point a complete recipe and its content's key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from photon.compare_tune import Point, points_of
+from photon.config import Recipe
+from photon.errors import InputError
+from photon.estimate import tokens_per_round
+from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor
+from photon.options import nearest
+from photon.recipe import load_recipe
+
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_TOKENS = re.compile(r"(?:tokens=)?(\d+(?:\.\d+)?)([kKmMbB]?)")
+_KEY_LETTERS = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. `tune` is the number of points that each method gets, the method as it stands among them."""
+
+    source: str
+    overrides: tuple[str, ...]
+    methods: tuple[Method, ...]
+    budget_tokens: int | None = None
+    seeds: int = 1
+    tune: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `key` is the same for the same content; `point` says what tuning changed, empty for nothing."""
+
+    method: str
+    seed: int
+    point: str
+    recipe: Recipe
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Of its run folder."""
+        return f"{self.method}-s{self.seed}-{self.key}"
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One method: the points that are tried with the first seed. Without tuning there is one."""
+
+    method: Method
+    points: tuple[Point, ...]
+    default: Recipe  # with the first seed
+
+    def label(self, point: Point) -> str:
+        """What the point changes, as people read it."""
+        return point.label(self.default)
+
+
+@dataclass(frozen=True)
+class ComparePlan:
+    """The whole comparison, before anything runs. `tokens` is what each run is to train on."""
+
+    request: Request
+    base: Recipe
+    tokens: int
+    seeds: tuple[int, ...]
+    methods: tuple[MethodPlan, ...]
+
+    @property
+    def tuning(self) -> list[Job]:
+        """All points of all methods with the first seed; none without tuning."""
+        if self.request.tune < 2:
+            return []
+        return [self.job(plan, point, self.seeds[0]) for plan in self.methods for point in plan.points]
+
+    def runs(self, plan: MethodPlan, point: Point) -> list[Job]:
+        """The runs that are compared: this point with every seed."""
+        return [self.job(plan, point, seed) for seed in self.seeds]
+
+    def job(self, plan: MethodPlan, point: Point, seed: int) -> Job:
+        """One run."""
+        recipe = _settled(self.request, plan.method, self.base, seed, point.settings)
+        return Job(plan.method.name, seed, plan.label(point), recipe, recipe_key(recipe))
+
+    @property
+    def key(self) -> str:
+        """Of all jobs that are known before any has run."""
+        known = [*self.tuning, *(job for plan in self.methods for job in self.runs(plan, plan.points[0]))]
+        return hashlib.sha256(" ".join(f"{job.method}:{job.key}" for job in known).encode()).hexdigest()[:_KEY_LETTERS]
+
+
+def make_plan(request: Request) -> ComparePlan:
+    """Work out every recipe. Raises ConfigError or InputError for whatever cannot be run or compared."""
+    names = [method.name for method in request.methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"method {', '.join(twice)} is named twice")
+    base = load_recipe(request.source, request.overrides)
+    if request.budget_tokens is not None:
+        if any(override.replace(" ", "").startswith("federation.rounds=") for override in request.overrides):
+            raise InputError("--budget and federation.rounds say the same: give one of them")
+        rounds = _rounds_for(base, request.budget_tokens)
+        base = load_recipe(request.source, [*request.overrides, f"federation.rounds={rounds}"])
+    plans = []
+    for method in request.methods:
+        default = _settled(request, method, base, base.seed, NO_SETTINGS)
+        plans.append(MethodPlan(method, tuple(points_of(method, default, request.tune)), default))
+    seeds = tuple(base.seed + index for index in range(request.seeds))
+    return ComparePlan(request, base, run_tokens(base), seeds, tuple(plans))
+
+
+def notes_of(plan: ComparePlan) -> list[str]:
+    """What a reader must know of how the comparison was put together, a sentence each."""
+    notes = []
+    overridden = {override.partition("=")[0].strip() for override in plan.request.overrides}
+    for one in plan.methods:
+        taken = sorted(overridden & {a for a, value in one.method.settings.items() if not is_factor(value)})
+        if taken:
+            notes.append(f"{one.method.name} would set {', '.join(taken)}; the command line's value stands.")
+        tokens = run_tokens(one.default)
+        if tokens != plan.tokens:
+            notes.append(f"{one.method.name} trains on {tokens:,} tokens: whole rounds come no nearer.")
+    by_key: dict[str, list[str]] = {}
+    for one in plan.methods:
+        by_key.setdefault(recipe_key(one.default), []).append(one.method.name)
+    notes += [f"{' and '.join(names)} are the same recipe here." for names in by_key.values() if len(names) > 1]
+    wanted = plan.request.budget_tokens
+    if wanted is not None and wanted != plan.tokens:
+        notes.append(f"Asked for {wanted:,} tokens; whole rounds make {plan.tokens:,}.")
+    schedule = plan.base.node.total_steps
+    steps = plan.base.federation.rounds * plan.base.federation.tau
+    if schedule is not None and schedule != steps:
+        notes.append(f"The schedule is of {schedule:,} steps (node.total_steps), the run of {steps:,}.")
+    return notes
+
+
+def parse_budget(text: str) -> int:
+    """`tokens=8M`, `2.5B`, `500k`, `1000000` as a number of tokens. Raises InputError."""
+    found = _TOKENS.fullmatch(text.strip())
+    tokens = round(float(found[1]) * _SCALES[found[2].lower()]) if found else 0
+    if tokens < 1:
+        close = nearest(text.partition("=")[0], ["tokens"]) if "=" in text else None
+        raise InputError(f"--budget is written like tokens=8M, not {text!r}" + (f"; {close}=..." if close else ""))
+    return tokens
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """A hash of every option but `name` and `about`, which change nothing in a run."""
+    content = recipe.model_dump(mode="json", exclude={"name", "about"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_KEY_LETTERS]
+
+
+def run_tokens(recipe: Recipe) -> int:
+    """Tokens that the whole run trains on if every node answers."""
+    return recipe.federation.rounds * _round_tokens(recipe)
+
+
+def _round_tokens(recipe: Recipe) -> int:
+    if recipe.federation.outer != "none":
+        return tokens_per_round(recipe)
+    # The one trainer's batch is a whole number (see `photon.sites`).
+    tau, length = recipe.federation.tau, recipe.data.sequence_length
+    sequences = sum(recipe.batch_size_of(silo) * recipe.tau_of(silo) for silo in recipe.silo)
+    return max(1, round(sequences * recipe.nodes_per_round / len(recipe.silo) / tau)) * tau * length
+
+
+def _rounds_for(recipe: Recipe, tokens: int) -> int:
+    """The number of rounds that comes nearest."""
+    return max(1, round(tokens / _round_tokens(recipe)))
+
+
+def _settled(request: Request, method: Method, base: Recipe, seed: int, point: Settings) -> Recipe:
+    """The recipe of one run: as many rounds as come nearest to the base's tokens, whatever the method's batch.
+
+    Where that changes the method's rounds, its schedule keeps its shape over them.
+    """
+    overrides: Sequence[str] = [*request.overrides, f"seed={seed}", f"federation.rounds={base.federation.rounds}"]
+    recipe = apply_method(method, request.source, overrides, point)
+    rounds = _rounds_for(recipe, run_tokens(base))
+    if rounds == recipe.federation.rounds:
+        return recipe
+    ratio = f"x{rounds / recipe.federation.rounds:.9f}"
+    shape = {"node.warmup_steps": ratio, "node.total_steps": ratio, "federation.rounds": rounds}
+    return apply_method(method, request.source, overrides, {**shape, **point})

@@ -1,0 +1,130 @@
+"""A momentum whose memory is as long as a round: MT-DAO (Iacob et al. 2025, arXiv 2510.05361) with one momentum.
+
+At tau steps between exchanges a momentum of half-life `ln(0.5) / ln(beta)` well below tau has forgotten, by the end of
+a round, what the nodes agreed on. So beta is 0.995 to 0.999, and the numerator is quasi-hyperbolic: a step answers the
+gradient at once, with weight 1 - nu, and the slow momentum with nu. That much is the paper's, for its case of a single
+momentum, which costs no memory beyond AdamW's. The numbers of the step are those of QHAdam (Ma and Yarats 2019, arXiv
+1810.06801) with nu2 = 1, and that is our reading, as is its default nu = 0.7:
+
+    m = beta m + (1 - beta) g
+    theta = theta - lr ((1 - nu) g + nu m / (1 - beta^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+Second moment, epsilon and decoupled weight decay are AdamW's. State has AdamW's names: beside `share` it is averaged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from photon.config import NodeConfig, Recipe
+from photon.errors import ConfigError
+from photon.node.optimizers import build_optimizer
+from photon.parts.base import Part
+
+
+class QuasiHyperbolicAdamW(torch.optim.Optimizer):
+    """AdamW with the numerator (1 - nu) g + nu m. Groups have `lr`, `betas`, `eps`, `weight_decay`."""
+
+    def __init__(self, groups: list[dict[str, Any]], nu: float) -> None:
+        super().__init__(groups, {})
+        self.nu = nu
+
+    def state_names(self, _: Mapping[str, Any]) -> list[str]:
+        """Names of the state of a parameter."""
+        return ["step", "exp_avg", "exp_avg_sq"]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient. `closure`, if given, recomputes and returns the loss first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step(parameters, group)
+        return loss
+
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state_of(p) for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        squares, steps = [state["exp_avg_sq"] for state in states], [state["step"] for state in states]
+        lr, (_, beta2) = group["lr"], group["betas"]
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        adamw(  # the momentum's share of the step, and both moments
+            parameters,
+            gradients,
+            [state["exp_avg"] for state in states],
+            squares,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=beta2,
+            lr=lr * self.nu,
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+        if self.nu < 1:  # the gradient's
+            roots = torch._foreach_sqrt(squares)
+            # Step counts lie beside the parameters: on a GPU nothing waits for them.
+            log_beta2 = math.log(max(beta2, 1e-300))
+            torch._foreach_div_(roots, [(-torch.expm1(step * log_beta2)).sqrt() for step in steps])
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_addcdiv_(parameters, gradients, roots, value=-lr * (1 - self.nu))
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+@dataclass(frozen=True)
+class SlowMomentum(Part):
+    """AdamW of the recipe, its first beta replaced by `beta`, of whose momentum the numerator takes the share `nu`."""
+
+    beta: float = 0.999
+    nu: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError("slow_momentum: beta must be at least 0 and below 1")
+        if not 0 <= self.nu <= 1:
+            raise ValueError("slow_momentum: nu is a share, from 0 to 1")
+
+    def check(self, recipe: Recipe) -> None:
+        """It is a kind of AdamW."""
+        if recipe.node.optimizer != "adamw":
+            raise ConfigError(
+                f"federation.parts: slow_momentum needs node.optimizer = adamw, not {recipe.node.optimizer}"
+            )
+
+    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer:
+        """AdamW's groups and rates."""
+        kept = ("params", "lr", "initial_lr", "eps", "weight_decay")
+        groups = build_optimizer(model, node, device).param_groups
+        betas = {"betas": (self.beta, node.betas[1])}
+        return QuasiHyperbolicAdamW([{key: group[key] for key in kept} | betas for group in groups], self.nu)
+
+
+PART = SlowMomentum

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from photon.config import Recipe
-from photon.estimate import memory_estimate, tokens_per_round
+from photon.estimate import Shared, expected_nodes, memory_estimate, tokens_per_round
 from photon.model.decoder import Decoder
 from photon.recipe import load_recipe, parse_recipe
 
@@ -103,3 +103,54 @@ def test_tokens_per_round() -> None:
     overrides = ["node.batch_size=8", "federation.tau=10", "data.sequence_length=100"]
     assert tokens_per_round(parse_recipe(two, "t", overrides)) == (80 + 10) * 100
     assert tokens_per_round(parse_recipe(two, "t", [*overrides, "federation.nodes_per_round=1"])) == 45 * 100
+
+
+def test_what_is_shared_beside_the_weights_is_in_base_update_and_merge() -> None:
+    """Per parameter: three values are shared, two of them exchanged in the largest round."""
+    shared = Shared(values=3000, most_exchanged=2000)
+    share = recipe("federation.parts=share(first=2, second=3)", "node.optimizer_state=keep", "link.down=int8")
+    plain, more = memory_estimate(share, 1000), memory_estimate(share, 1000, shared)
+    assert (plain.update_bytes, more.update_bytes) == (8000, 12000 + 8000)
+    assert (plain.disk_bytes, more.disk_bytes) == (8000 + 4000, 8000 + 12000)  # the state of AdamW, and the base
+    assert more.aggregator_bytes == 4 * 3000 + 8 * 2000 + 4 * 2000
+    assert more.method_bytes == max(0, 8000 - more.activations_bytes)
+    lossy = recipe("federation.parts=share", "link.up=int8")
+    assert memory_estimate(lossy, 1000, shared).codec_bytes == 12000 + 8000
+    one_buffer = memory_estimate(lossy, 1000, Shared(3000, 3000, optimizer_bytes=12000))
+    assert one_buffer.optimizer_bytes == 12000
+
+
+def test_what_parts_keep_at_a_node() -> None:
+    def estimate(*overrides: str) -> tuple[int, int, int]:
+        found = memory_estimate(recipe(*overrides), 1000)
+        return found.update_bytes, found.method_bytes, found.disk_bytes
+
+    assert estimate("node.optimizer_state=keep") == (8000, 0, 8000)
+    assert estimate("node.optimizer_state=reset") == (8000, 0, 0)
+    # A copy of the weights in memory, and on disk beside the base.
+    assert estimate("node.optimizer_state=reset", "federation.parts=fragments") == (12000, 0, 8000)
+    # The base on the device, where it is not in main memory anyway.
+    assert estimate("node.optimizer_state=reset", "federation.parts=fedprox", "node.device=cuda:0") == (8000, 4000, 0)
+    assert estimate("node.optimizer_state=reset", "federation.parts=fedprox", "node.device=cpu") == (8000, 0, 0)
+
+
+def test_expected_nodes_are_the_mean_over_all_draws() -> None:
+    def nodes(silos: int, *overrides: str) -> float:
+        text = "".join(SILO.replace("core", f"n{index}") for index in range(silos))
+        return expected_nodes(parse_recipe(text, "test", list(overrides)))
+
+    assert nodes(5) == 5
+    assert nodes(5, "federation.nodes_per_round=2") == 2
+    assert nodes(4, "federation.dropout=0.25") == pytest.approx(4 * 0.75 + 0.25**4)
+    assert nodes(1, "federation.dropout=0.9") == pytest.approx(1)
+    # One of two, with the other as its spare: somebody always stays.
+    assert nodes(2, "federation.dropout=0.9", "federation.nodes_per_round=1", "federation.oversample=1") == 1
+    # Two of three, one a spare: two count unless two or three drop out.
+    spare = ("federation.dropout=0.5", "federation.nodes_per_round=2", "federation.oversample=0.5")
+    assert nodes(3, *spare) == pytest.approx(2 - 4 / 8)
+
+
+def test_tokens_with_drop_outs_are_the_mean() -> None:
+    two = SILO + SILO.replace("core", "b")
+    overrides = ["node.batch_size=8", "federation.tau=10", "data.sequence_length=100", "federation.dropout=0.5"]
+    assert tokens_per_round(parse_recipe(two, "t", overrides)) == 80 * 100 * 5 / 4

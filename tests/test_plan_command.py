@@ -245,3 +245,46 @@ def test_help_does_not_wait_for_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_parts_change_bytes_rounds_and_memory() -> None:
+    plain, share = planned("demo"), planned("demo", 'federation.parts=["share(first=2, second=3)"]')
+    size, most = share["bytes"]["node_up_bytes"], share["bytes"]["node_largest_up_bytes"]
+    assert plain["bytes"]["node_up_bytes"] < size < most
+    assert share["bytes"]["run_up_bytes"] == pytest.approx(share["rounds"] * share["nodes"] * size)
+    assert share["memory"]["aggregator_bytes"] > plain["memory"]["aggregator_bytes"]
+    assert share["memory"]["node_main_memory_bytes"] > plain["memory"]["node_main_memory_bytes"]
+    text = output("demo", 'federation.parts=["share(first=2, second=3)", "fedprox"]')
+    for word in ("mean over the run", "largest round", "node, device: parts", "in turn"):
+        assert word in text
+
+
+def test_a_tau_that_varies_is_walked_through() -> None:
+    ramp = planned("demo", "federation.parts=tau_ramp(first=8)")
+    assert (ramp["least_tau"], ramp["most_tau"], ramp["mean_tau"]) == (8, 24, 16)
+    assert "8 to 24 (mean 16.0) local steps" in output("demo", "federation.parts=tau_ramp(first=8)")
+    assert ramp["train_s"] == pytest.approx(planned("demo")["train_s"])
+    assert "tau follows" in " ".join(planned("demo", "federation.parts=tau_by_agreement")["assumptions"])
+    assert "tau follows" not in " ".join(ramp["assumptions"])
+
+
+def test_drop_outs_are_planned_in_the_mean() -> None:
+    plain, thinned = planned("demo"), planned("demo federation.dropout=0.5")
+    share = (4 * 0.5 + 0.5**4) / 4
+    assert thinned["bytes"]["run_up_bytes"] == pytest.approx(share * plain["bytes"]["run_up_bytes"])
+    assert thinned["tokens"] == pytest.approx(share * plain["tokens"], rel=0.01)
+    assert "federation.dropout" in " ".join(thinned["assumptions"])
+
+
+def test_a_sweep_leaves_out_what_parts_do_not_allow(tmp_path: Path) -> None:
+    sweep = planned("demo --sweep tau=8..512", "federation.parts=fragments(count=4)")["sweep"]
+    assert [point["value"] for point in sweep["points"]] == [8, 16, 32, 64, 128]  # 480 steps: 4 rounds of 128
+    result = CliRunner().invoke(app, ["plan", "demo", "--sweep", "tau=256..512", "federation.parts=fragments(count=4)"])
+    assert "4 fragments need as many rounds" in str(result.exception)
+    output("demo --out", str(tmp_path / "plan.html"), "federation.parts=fragments(count=4)")
+
+
+def test_parameters_alone_have_no_fragments() -> None:
+    found = planned("demo --parameters 1000000 --bytes-per-parameter 2", "federation.parts=share(second=0)")
+    assert 2_000_000 < found["bytes"]["node_up_bytes"] <= 4_000_000
+    assert "has one tensor" in refused("demo --parameters 1000000 federation.parts=fragments")

@@ -21,8 +21,8 @@ from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import encode_tensors, sha256_hex
 from photon.link.update import EvaluationReport, Reply, Task, TrainingReport, seal
 from photon.model.build import build_model, count_parameters, named_weights
+from photon.plan_bytes import ENVELOPE_BYTES, BodyBytes, LinkCodecs, Shape, round_bytes, run_down_bytes, run_tasks
 from photon.plan_sizes import flat_model, link_codecs, model_facts, stage_bytes
-from photon.planner import ENVELOPE_BYTES, BodyBytes, LinkCodecs, Shape, round_bytes, run_down_bytes, run_tasks
 from photon.recipe import load_recipe
 
 EXACT_SIZES: list[list[str]] = [
@@ -105,7 +105,7 @@ def test_facts_of_presets(preset: str) -> None:
     facts = model_facts(recipe)
     assert facts.parameters == count_parameters(recipe.model, recipe.data.vocab_size, recipe.data.sequence_length).total
     assert facts.flops_per_token > 5 * facts.parameters
-    flat = flat_model(2 * facts.parameters, facts)
+    flat = flat_model(2 * facts.parameters, facts, recipe)
     assert flat.parameters == sum(map(prod, flat.shapes.values())) == 2 * facts.parameters
     assert flat.flops_per_token == pytest.approx(2 * facts.flops_per_token)
 

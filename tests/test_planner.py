@@ -16,11 +16,11 @@ from photon import plan_answer, planner
 from photon.config import Recipe
 from photon.devices import ideal_speed
 from photon.plan_answer import Baseline, Question, answer, with_bandwidth, with_tau
+from photon.plan_bytes import RoundBytes
 from photon.plan_exchange import LinkSpeed, Topology, collective_s, star_bits_per_s, step_exchange_s, transfer_s
 from photon.plan_paper import ROWS
 from photon.planner import (
     MachineSpeed,
-    RoundBytes,
     RoundPrediction,
     break_even,
     compare,

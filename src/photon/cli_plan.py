@@ -15,9 +15,10 @@ from photon.errors import InputError
 if TYPE_CHECKING:
     from photon.config import Recipe
     from photon.plan_answer import Question
+    from photon.plan_bytes import RoundBytes
     from photon.plan_exchange import LinkSpeed
     from photon.plan_sizes import ModelFacts
-    from photon.planner import MachineSpeed, RoundBytes
+    from photon.planner import MachineSpeed
 
 EPILOG = """Examples:\n
 photon plan demo --device measured --bandwidth 100Mbps --latency 40ms\n
@@ -150,7 +151,7 @@ def ask(options: PlanOptions) -> Question:
         recipe = with_nodes(recipe, options.nodes)
     facts = model_facts(recipe)
     if options.parameters is not None:
-        facts = flat_model(options.parameters, facts)
+        facts = flat_model(options.parameters, facts, recipe)
     node_bytes, stages = _bodies(options, recipe, facts)
     machine, memory_bytes, told = _machine(options, recipe, facts)
     link = _link(options)
@@ -229,14 +230,12 @@ def _check(options: PlanOptions) -> None:
 
 
 def _bodies(options: PlanOptions, recipe: Recipe, facts: ModelFacts) -> tuple[RoundBytes, dict[str, dict[str, int]]]:
-    from photon.plan_sizes import link_codecs, stage_bytes
-    from photon.planner import RoundBytes, round_bytes
+    from photon.plan_sizes import exchanged_bytes, link_codecs, scaled_codecs, stage_bytes
 
     if options.bytes_per_parameter is not None:
-        size = round(facts.parameters * options.bytes_per_parameter)
-        return RoundBytes(size, size, size), {}
+        return exchanged_bytes(facts, scaled_codecs(recipe, options.bytes_per_parameter)), {}
     codecs = link_codecs(recipe)
-    return round_bytes(facts.shapes, codecs), stage_bytes(codecs, facts)
+    return exchanged_bytes(facts, codecs), stage_bytes(codecs, facts)
 
 
 def _machine(options: PlanOptions, recipe: Recipe, facts: ModelFacts) -> tuple[MachineSpeed, int | None, str]:
@@ -294,6 +293,9 @@ def _told_of_link(options: PlanOptions, link: LinkSpeed) -> tuple[str, ...]:
 
 
 def _told_of_run(options: PlanOptions, recipe: Recipe, node_bytes: RoundBytes) -> tuple[str, ...]:
+    from photon.estimate import expected_nodes
+    from photon.readable import significant
+
     told = []
     if (options.topology or "ps") != "ps":
         told.append("Photon runs through its Aggregator; an all-reduce between sites is here to compare")
@@ -301,8 +303,18 @@ def _told_of_run(options: PlanOptions, recipe: Recipe, node_bytes: RoundBytes) -
         told.append("a node of several devices is taken to scale perfectly; Photon trains a node on one device today")
     if recipe.federation.outer == "none":
         told.append("the recipe is the centralised baseline; the plan takes its owners as nodes")
-    if node_bytes.sends_differences and recipe.nodes_per_round < len(recipe.silo):
+    misses = recipe.nodes_per_round < len(recipe.silo) or recipe.federation.dropout > 0
+    if node_bytes.sends_differences and misses:
         told.append("a node that missed a round gets the whole model; bytes of the run are the mean over the draws")
+    if recipe.federation.dropout:
+        told.append(
+            f"of {recipe.nodes_per_round} nodes drawn, {significant(expected_nodes(recipe))} take part in the mean "
+            "(federation.dropout): bytes and tokens are the mean over the draws"
+        )
+    if recipe.federation.oversample:
+        told.append("spares (federation.oversample) are not counted: their bytes come on top")
+    if node_bytes.turns:
+        told.append("rounds exchange other tensors in turn: bytes and times of a round are the mean over the run")
     if options.parameters is not None:
         told.append("the model is given by its number of parameters alone")
     return tuple(told)

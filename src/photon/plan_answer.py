@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from photon.config import Recipe
-from photon.estimate import memory_estimate, tokens_per_round
+from photon.estimate import expected_nodes, memory_estimate, tokens_per_round
+from photon.plan_bytes import ENVELOPE_BYTES, RoundBytes, run_down_bytes, run_tasks, run_up_bytes
+from photon.plan_course import Course, course_of
 from photon.plan_exchange import LinkSpeed, Topology, step_exchange_s
 from photon.planner import (
-    ENVELOPE_BYTES,
     MachineSpeed,
-    RoundBytes,
     RoundPrediction,
     baseline_s,
     break_even,
     predict_round,
-    run_down_bytes,
-    run_tasks,
     tau_for_utilisation,
     total_s,
 )
@@ -68,17 +67,24 @@ class Question:
     stage_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # "up", "down": by stage
     assumptions: tuple[str, ...] = ()
 
+    @cached_property
+    def course(self) -> Course:
+        """The rounds of the run and their local steps."""
+        return course_of(self.recipe)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. The first four are on a node's devices; `fits` says whether they do, None where that is not known."""
+    """Bytes. The first five are on a node's devices; `fits` says whether they do, None where that is not known."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
+    method_bytes: int
     node_device_bytes: int
     node_main_memory_bytes: int
+    node_disk_bytes: int
     aggregator_bytes: int
     device_memory_bytes: int | None
     fits: bool | None
@@ -86,13 +92,18 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class BytesPlan:
-    """Bodies of messages; `is_exact` false: at most so many. All nodes together, unless it says `node_`."""
+    """Bodies of messages; `is_exact` false: at most so many. All nodes together, unless it says `node_`.
+
+    Of a round they are the mean over the run, `largest` those of the round with most, each way.
+    """
 
     is_exact: bool
     node_down_is_exact: bool
     node_up_is_exact: bool
-    node_down_bytes: int
-    node_up_bytes: int
+    node_down_bytes: float
+    node_up_bytes: float
+    node_largest_down_bytes: float
+    node_largest_up_bytes: float
     round_down_bytes: float
     round_up_bytes: float
     run_down_bytes: float
@@ -148,6 +159,9 @@ class Plan:
     nodes: int
     rounds: int
     tau: int
+    mean_tau: float
+    least_tau: int
+    most_tau: int
     topology: Topology
     tokens: float
     memory: MemoryPlan
@@ -170,18 +184,23 @@ class Plan:
 def answer(question: Question) -> Plan:
     """Work the whole plan out."""
     recipe, federation = question.recipe, question.recipe.federation
+    course = question.course
+    question = replace(question, node_bytes=question.node_bytes.over(course.rounds))
     prediction = _prediction(question, question.link)
-    run_s = total_s(federation.rounds, prediction.round_s)
+    run_s = total_s(course.rounds, prediction.round_s)
     train_s = prediction.phases_s["train"]
-    tokens = tokens_per_round(recipe) * federation.rounds
+    tokens = tokens_per_round(recipe) * federation.rounds  # where tau varies, in other rounds, but as many steps
     traffic = _bytes(question, prediction.round_s, tokens)
     baseline = _baseline(question, train_s)
     return Plan(
         recipe=recipe.name,
         parameters=question.parameters,
         nodes=recipe.nodes_per_round,
-        rounds=federation.rounds,
+        rounds=course.rounds,
         tau=federation.tau,
+        mean_tau=course.mean_tau,
+        least_tau=min(course.taus),
+        most_tau=max(course.taus),
         topology=question.topology,
         tokens=tokens,
         memory=_memory(question),
@@ -190,24 +209,24 @@ def answer(question: Question) -> Plan:
         round_s=prediction.round_s,
         utilisation=prediction.utilisation,
         total_s=run_s,
-        train_s=federation.rounds * train_s,
-        exchange_s=federation.rounds * (prediction.phases_s["download"] + prediction.phases_s["upload"]),
+        train_s=course.rounds * train_s,
+        exchange_s=course.rounds * (prediction.phases_s["download"] + prediction.phases_s["upload"]),
         baseline=baseline,
         break_even=_break_even(question, baseline, overlapped=False),
         break_even_overlapped=_break_even(question, baseline, overlapped=True),
         wanted_utilisation=question.wanted_utilisation,
         tau_for_utilisation=tau_for_utilisation(
-            question.wanted_utilisation, train_s / federation.tau, prediction.round_s - train_s
+            question.wanted_utilisation, train_s / course.mean_tau, prediction.round_s - train_s
         ),
         money=_money(question, run_s, traffic, baseline),
-        assumptions=question.assumptions,
+        assumptions=(*question.assumptions, *_told_of_course(course)),
     )
 
 
 def with_tau(question: Question, tau: int) -> Question:
     """The same tokens in rounds of another length (with a last round that is not full, a few more).
 
-    Per-step training, which knows no tau, stays as it was.
+    Per-step training, which knows no tau, stays as it was. Raises ConfigError if a part does not suit that tau.
     """
     baseline = _baseline(question, _prediction(question, question.link).phases_s["train"])
     same = replace(question.baseline, steps=baseline.steps, steps_per_s=baseline.steps / baseline.compute_s)
@@ -216,6 +235,10 @@ def with_tau(question: Question, tau: int) -> Question:
     changed = federation.model_copy(update={"tau": tau, "rounds": rounds})
     silos = [silo.model_copy(update={"tau": None}) for silo in question.recipe.silo]
     recipe = question.recipe.model_copy(update={"federation": changed, "silo": silos})
+    if changed.parts:
+        from photon.parts.method import check_parts  # here, because it brings torch
+
+        check_parts(recipe)
     return replace(question, recipe=recipe, baseline=same)
 
 
@@ -226,20 +249,38 @@ def with_bandwidth(question: Question, up_bits_per_s: float) -> Question:
 
 def _prediction(question: Question, link: LinkSpeed) -> RoundPrediction:
     return predict_round(
-        question.recipe, question.parameters, question.node_bytes, question.machine, link, question.topology
+        question.recipe,
+        question.parameters,
+        question.node_bytes,
+        question.machine,
+        link,
+        question.topology,
+        question.course.mean_tau,
+    )
+
+
+def _told_of_course(course: Course) -> tuple[str, ...]:
+    if not course.follows_nodes:
+        return ()
+    fewest, most = sorted(course.rounds_at_ends)
+    return (
+        f"tau follows how far the nodes agree, which nobody knows before the run: planned are {course.rounds} rounds, "
+        f"as if they neither agreed nor differed; it may be {fewest} to {most}",
     )
 
 
 def _memory(question: Question) -> MemoryPlan:
-    estimate = memory_estimate(question.recipe, question.parameters)
+    estimate = memory_estimate(question.recipe, question.parameters, question.node_bytes.shared)
     available = question.device_memory_bytes
     return MemoryPlan(
         weights_bytes=estimate.weights_bytes,
         gradients_bytes=estimate.gradients_bytes,
         optimizer_bytes=estimate.optimizer_bytes,
         activations_bytes=estimate.activations_bytes,
+        method_bytes=estimate.method_bytes,
         node_device_bytes=estimate.node_bytes,
         node_main_memory_bytes=estimate.update_bytes + estimate.codec_bytes,
+        node_disk_bytes=estimate.disk_bytes,
         aggregator_bytes=estimate.aggregator_bytes,
         device_memory_bytes=available,
         fits=None if available is None else estimate.node_bytes <= available * question.devices_per_node,
@@ -248,22 +289,24 @@ def _memory(question: Question) -> MemoryPlan:
 
 def _bytes(question: Question, round_s: float, tokens: float) -> BytesPlan:
     """Of all nodes."""
-    recipe, node = question.recipe, question.node_bytes
-    nodes, rounds = recipe.nodes_per_round, recipe.federation.rounds
+    recipe, node, rounds = question.recipe, question.node_bytes, question.course.rounds
+    nodes, largest = expected_nodes(recipe), node.largest
     if question.topology == "ps":
-        round_down, round_up = float(nodes * node.down_bytes), float(nodes * node.up_bytes)
-        run_down, envelopes = run_down_bytes(recipe, node), 2 * run_tasks(recipe) * ENVELOPE_BYTES
+        round_down, round_up = nodes * node.down_bytes, nodes * node.up_bytes
+        run_down, run_up = run_down_bytes(recipe, node, rounds), run_up_bytes(recipe, node, rounds)
+        envelopes = 2 * run_tasks(recipe, rounds) * ENVELOPE_BYTES
     else:  # what a node sends is what another receives: counted once, as up
         shares = nodes - 1 if question.topology == "allreduce" else 2 * (nodes - 1) / nodes
         round_down, round_up = 0.0, nodes * shares * node.up_bytes
-        run_down, envelopes = 0.0, 0
-    run_up = rounds * round_up
+        run_down, run_up, envelopes = 0.0, rounds * round_up, 0
     return BytesPlan(
         is_exact=node.is_exact,
         node_down_is_exact=node.down_is_exact,
         node_up_is_exact=node.up_is_exact,
         node_down_bytes=node.down_bytes,
         node_up_bytes=node.up_bytes,
+        node_largest_down_bytes=largest.down_bytes,
+        node_largest_up_bytes=largest.up_bytes,
         round_down_bytes=round_down,
         round_up_bytes=round_up,
         run_down_bytes=run_down,
@@ -278,7 +321,7 @@ def _bytes(question: Question, round_s: float, tokens: float) -> BytesPlan:
 def _baseline(question: Question, train_s: float) -> BaselinePlan:
     """Steps and their time as asked, or from the federation's: its training time over `compute_ratio`."""
     federation, asked = question.recipe.federation, question.baseline
-    federated_s = federation.rounds * train_s
+    federated_s = question.course.rounds * train_s
     # In the federation's order: as many steps in all, fewer of them by the ratio.
     steps = asked.steps if asked.steps is not None else federation.rounds * federation.tau / asked.compute_ratio
     step_s = 1 / asked.steps_per_s if asked.steps_per_s is not None else federated_s / asked.compute_ratio / steps
@@ -307,7 +350,7 @@ def _step_sent_bytes(question: Question) -> float:
 
 
 def _break_even(question: Question, baseline: BaselinePlan, overlapped: bool) -> BreakEven:
-    rounds, step_s = question.recipe.federation.rounds, baseline.compute_s / baseline.steps
+    rounds, step_s = question.course.rounds, baseline.compute_s / baseline.steps
 
     def federated_s(link: LinkSpeed) -> float:
         return total_s(rounds, _prediction(question, link).round_s)

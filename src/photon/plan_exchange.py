@@ -56,7 +56,7 @@ def transfer_s(payload_bytes: float, bits_per_s: float, round_trip_s: float, han
     return seconds + left / bytes_per_s
 
 
-def star_bits_per_s(node_bits_per_s: float, aggregator_bits_per_s: float, nodes: int) -> float:
+def star_bits_per_s(node_bits_per_s: float, aggregator_bits_per_s: float, nodes: float) -> float:
     """What one of `nodes` gets when all exchange with the Aggregator at once.
 
     S over it is max(K S / B_aggregator, S / B_node): the notebook's K S / B where both links are alike.
@@ -64,12 +64,14 @@ def star_bits_per_s(node_bits_per_s: float, aggregator_bits_per_s: float, nodes:
     return min(node_bits_per_s, aggregator_bits_per_s / nodes)
 
 
-def collective_s(topology: Topology, payload_bytes: float, nodes: int, bits_per_s: float, round_trip_s: float) -> float:
+def collective_s(
+    topology: Topology, payload_bytes: float, nodes: float, bits_per_s: float, round_trip_s: float
+) -> float:
     """One all-reduce of S bytes among K nodes: (K - 1) S / B, as a ring 2 S (K - 1) / (K B); alone, nothing.
 
     All at once takes one message's way (half a round trip), a ring 2 (K - 1) of them one after the other.
     """
-    if nodes < 2:
+    if nodes <= 1:
         return 0.0
     bytes_per_s = bits_per_s / _BITS
     if topology == "allreduce":
@@ -91,7 +93,7 @@ def step_exchange_s(topology: Topology, gradient_bytes: float, nodes: int, link:
     return gradient_bytes * _BITS * (1 / up + 1 / down) + link.round_trip_s
 
 
-def merge_s(topology: Topology, model_bytes: float, nodes: int, merge_bytes_per_s: float) -> float:
+def merge_s(topology: Topology, model_bytes: float, nodes: float, merge_bytes_per_s: float) -> float:
     """K S / zeta at the Aggregator; in an all-reduce a node adds K - 1 payloads, in a ring that many K-ths of one."""
     parts: dict[Topology, float] = {"ps": nodes, "allreduce": nodes - 1, "ring": (nodes - 1) / nodes}
     return parts[topology] * model_bytes / merge_bytes_per_s

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from photon.devices import CONTROL_S
 from photon.errors import InputError
-from photon.planner import FLOAT32_BYTES, MachineSpeed
+from photon.estimate import memory_estimate
+from photon.plan_bytes import FLOAT32_BYTES
+from photon.planner import MachineSpeed
 from photon.readable import byte_size
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def measure(recipe: Recipe, on_progress: Callable[[str], None], processes: int =
 
     name = resolve_devices(recipe.node.device)[0]
     device, memory_bytes = torch.device(name), _memory_bytes(name)
-    _check_memory(recipe, model_facts(recipe).parameters, memory_bytes)
+    facts = model_facts(recipe)
+    _check_memory(memory_estimate(recipe, facts.parameters, facts.shared).node_bytes, memory_bytes)
     threads = recipe.node.threads if recipe.node.threads != "auto" else max(1, available_cores() // processes)
     before = torch.get_num_threads()
     try:
@@ -240,10 +243,7 @@ def _memory_bytes(device: str) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _check_memory(recipe: Recipe, parameters: int, memory_bytes: int) -> None:
-    from photon.estimate import memory_estimate
-
-    needed = memory_estimate(recipe, parameters).node_bytes
+def _check_memory(needed: int, memory_bytes: int) -> None:
     if needed > 0.8 * memory_bytes:
         raise InputError(
             f"--device measured: to train the model takes {byte_size(needed)}, this machine has "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from photon.errors import InputError
+from photon.errors import ConfigError, InputError
 from photon.plan_answer import Plan, Question, answer, with_bandwidth, with_tau
 from photon.plan_text import lede, notes, sections
 from photon.plan_units import bandwidth_bits_per_s, bandwidth_text, time_text
@@ -96,12 +96,21 @@ def parse_sweep(text: str) -> Asked:
 
 
 def swept(question: Question, asked: Asked) -> Sweep:
-    """The plan at every value; tokens stay the same as tau changes."""
-    if asked.key == "tau":
-        questions = [with_tau(question, round(value)) for value in asked.values]
-    else:
-        questions = [with_bandwidth(question, value) for value in asked.values]
-    return Sweep(asked, tuple(Point(v, answer(q)) for v, q in zip(asked.values, questions, strict=True)))
+    """The plan at every value; tokens stay the same as tau changes.
+
+    Left out is a tau that the recipe's parts do not allow. Raises ConfigError if they allow none.
+    """
+    points, refusal = list[Point](), ConfigError("nothing to sweep")
+    for value in asked.values:
+        try:
+            changed = with_tau(question, round(value)) if asked.key == "tau" else with_bandwidth(question, value)
+        except ConfigError as error:
+            refusal = error
+        else:
+            points.append(Point(value, answer(changed)))
+    if not points:
+        raise refusal
+    return Sweep(asked, tuple(points))
 
 
 def value_text(key: Key, value: float) -> str:

@@ -34,6 +34,7 @@ _PHASE_WORDS = {
     "outer": "Aggregator: outer step",
     "commit": "Aggregator: commit to disk",
 }
+_PARTS = "the base, or differences of shared state"
 _TOPOLOGY_WORDS = {"ps": "through the Aggregator", "allreduce": "all-reduce", "ring": "ring all-reduce"}
 
 
@@ -50,7 +51,7 @@ def lede(plan: Plan) -> str:
     """One sentence: what is planned."""
     return (
         f"{plan.recipe}: {count(plan.parameters)} parameters, {plan.nodes} node{'s' if plan.nodes != 1 else ''}, "
-        f"{plan.rounds} rounds of {plan.tau} local steps, {count(plan.tokens)} tokens"
+        f"{plan.rounds} rounds of {_taus(plan)} local steps, {count(plan.tokens)} tokens"
     )
 
 
@@ -66,8 +67,10 @@ def memory_rows(plan: Plan) -> list[Row]:
         Row("node, device: gradients", byte_size(memory.gradients_bytes)),
         Row("node, device: optimizer", byte_size(memory.optimizer_bytes)),
         Row("node, device: activations", byte_size(memory.activations_bytes), "of the least micro-batch, if auto"),
+        *([Row("node, device: parts", byte_size(memory.method_bytes), _PARTS)] if memory.method_bytes else []),
         Row("node, device, together", byte_size(memory.node_device_bytes), verdict),
         Row("node, main memory", byte_size(memory.node_main_memory_bytes), "base, update, and what codecs keep"),
+        Row("node, disk", byte_size(memory.node_disk_bytes), "what it keeps of one round"),
         Row("Aggregator", byte_size(memory.aggregator_bytes), "whatever the number of nodes"),
     ]
 
@@ -79,11 +82,11 @@ def bytes_rows(plan: Plan) -> list[Row]:
         "" if is_exact else "at most " for is_exact in (size.is_exact, size.node_down_is_exact, size.node_up_is_exact)
     )
     envelopes = f"and headers of at most {byte_size(size.run_envelope_at_most_bytes)}"
-    down = Row("a node's round, down", down_most + byte_size(size.node_down_bytes), f"{size.node_down_bytes:,} bytes")
+    down = _node_row("a node's round, down", down_most, size.node_down_bytes, size.node_largest_down_bytes)
     up = "a node's round, up" if plan.topology == "ps" else "an update"
     rows = [
         *([down] if plan.topology == "ps" else []),
-        Row(up, up_most + byte_size(size.node_up_bytes), f"{size.node_up_bytes:,} bytes"),
+        _node_row(up, up_most, size.node_up_bytes, size.node_largest_up_bytes),
     ]
     for way, stages in size.stage_bytes.items():
         rows += [Row(f"  {way}, after {stage}", byte_size(left)) for stage, left in stages.items()]
@@ -134,7 +137,7 @@ def verdict_rows(plan: Plan) -> list[Row]:
         Row(
             f"tau for {100 * plan.wanted_utilisation:g} % training",
             f"{plan.tau_for_utilisation:,}",
-            f"it is {plan.tau} now, and {100 * plan.utilisation:.1f} %",
+            f"it is {_taus(plan)} now, and {100 * plan.utilisation:.1f} %",
         ),
     ]
     money = plan.money
@@ -189,6 +192,21 @@ def plan_json(plan: Plan, sweep: Sweep | None = None) -> str:
             "points": [{"value": point.value, **asdict(point.plan)} for point in sweep.points],
         }
     return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _taus(plan: Plan) -> str:
+    """The local steps of a round, or of the rounds if they vary."""
+    if plan.least_tau == plan.most_tau:
+        return f"{plan.tau}"
+    return f"{plan.least_tau} to {plan.most_tau} (mean {significant(plan.mean_tau)})"
+
+
+def _node_row(what: str, most: str, mean_bytes: float, largest_bytes: float) -> Row:
+    """A node's bytes in a round; where rounds differ, the mean and the largest."""
+    if mean_bytes == largest_bytes:
+        return Row(what, most + byte_size(mean_bytes), f"{mean_bytes:,} bytes")
+    remark = f"mean over the run; in the largest round {byte_size(largest_bytes)}"
+    return Row(what, most + byte_size(mean_bytes), remark)
 
 
 def _pays(even: BreakEven) -> str:

@@ -25,16 +25,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from statistics import fmean
+from typing import TYPE_CHECKING
 
+from photon.estimate import expected_nodes, node_state_bytes
+from photon.plan_bytes import FLOAT32_BYTES, LinkCodecs, RoundBytes, Shape, round_bytes
 from photon.plan_exchange import LinkSpeed, Topology, collective_s, merge_s, star_bits_per_s, transfer_s
 
-if TYPE_CHECKING:  # torch takes seconds to import, and no formula needs it
-    import torch
-
+if TYPE_CHECKING:
     from photon.config import Recipe
-
-Shape = tuple[int, ...]
 
 # In the order in which they happen; a round takes their sum.
 PHASES = (
@@ -56,36 +55,6 @@ MEASURED_GROUPS: Mapping[str, tuple[str, ...]] = {
     "messages and transfer": ("control", "download", "upload"),
     "commit of the round before": ("commit",),
 }
-FLOAT32_BYTES = 4
-ENVELOPE_BYTES = 1024  # at most, of a message without its body
-
-
-class BodyBytes(Protocol):
-    """The size of a message's body: exact, or the most it can be."""
-
-    @property
-    def body_bytes(self) -> int: ...  # noqa: D102 - the class says it
-    @property
-    def stage_bytes(self) -> Mapping[str, int]: ...  # noqa: D102 - of the tensors, after each stage of the codec
-    @property
-    def is_exact(self) -> bool: ...  # noqa: D102
-
-
-class SizedCodec(Protocol):
-    """A codec as far as a plan needs it."""
-
-    def body_size(self, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> BodyBytes:
-        """What a body with tensors of these shapes and dtypes comes to, the safetensors header included."""
-
-
-@dataclass(frozen=True)
-class LinkCodecs:
-    """What crosses in each direction, and what a node gets that has nothing to build on: the whole model, exact."""
-
-    up: SizedCodec
-    down: SizedCodec
-    whole: SizedCodec
-    sends_differences: bool  # down: what changed since the base that the node holds
 
 
 @dataclass(frozen=True)
@@ -104,23 +73,6 @@ class MachineSpeed:
     disk_bytes_per_s: float
     control_s: float
     at_once: int | None = None
-
-
-@dataclass(frozen=True)
-class RoundBytes:
-    """Bodies of one node's round; not exact: the most they can be. `whole_bytes` is the model as exact float32."""
-
-    down_bytes: int
-    up_bytes: int
-    whole_bytes: int
-    down_is_exact: bool = True
-    up_is_exact: bool = True
-    sends_differences: bool = False
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether both are."""
-        return self.down_is_exact and self.up_is_exact
 
 
 @dataclass(frozen=True)
@@ -157,51 +109,6 @@ class PhaseComparison:
         return self.measured_s / self.predicted_s
 
 
-def round_bytes(shapes: Mapping[str, Shape], codecs: LinkCodecs) -> RoundBytes:
-    """Bodies of one node's round with these float32 tensors."""
-    import torch
-
-    dtypes = dict.fromkeys(shapes, torch.float32)
-    down, up = codecs.down.body_size(shapes, dtypes), codecs.up.body_size(shapes, dtypes)
-    return RoundBytes(
-        down_bytes=down.body_bytes,
-        up_bytes=up.body_bytes,
-        whole_bytes=codecs.whole.body_size(shapes, dtypes).body_bytes,
-        down_is_exact=down.is_exact,
-        up_is_exact=up.is_exact,
-        sends_differences=codecs.sends_differences,
-    )
-
-
-def run_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> float:
-    """Bodies down in the whole run, where every node answers every task.
-
-    A round sends to its K nodes, one that scores to every owner, and after the last the finished model is scored. The
-    untrained model travels whole and exact, or, where differences travel, not at all: everybody makes it from the seed.
-    A difference needs the base before; a node that had no task in the round before gets the whole model. With K of P
-    nodes sampled that is a matter of chance, and this the mean over the draws.
-    """
-    nodes, owners, rounds = recipe.nodes_per_round, len(recipe.silo), recipe.federation.rounds
-    total, share_that_holds = 0.0, 1.0
-    for index in range(rounds + 1):
-        tasks = owners if index == rounds or index % recipe.evaluation.every == 0 else nodes
-        if index == 0:
-            size = 0.0 if node_bytes.sends_differences else float(node_bytes.whole_bytes)
-        elif node_bytes.sends_differences:
-            size = share_that_holds * node_bytes.down_bytes + (1 - share_that_holds) * node_bytes.whole_bytes
-        else:
-            size = node_bytes.down_bytes
-        total += tasks * size
-        share_that_holds = tasks / owners
-    return total
-
-
-def run_tasks(recipe: Recipe) -> int:
-    """Tasks of the whole run; each is answered by one reply."""
-    nodes, owners, rounds = recipe.nodes_per_round, len(recipe.silo), recipe.federation.rounds
-    return rounds * nodes + math.ceil(rounds / recipe.evaluation.every) * (owners - nodes) + owners
-
-
 def predict(
     recipe: Recipe,
     parameters: int,
@@ -221,13 +128,18 @@ def predict_round(
     machine: MachineSpeed,
     link: LinkSpeed,
     topology: Topology = "ps",
+    tau: float | None = None,
 ) -> RoundPrediction:
-    """Seconds of every phase, by the formulas at the top of this module."""
-    nodes, model_bytes = recipe.nodes_per_round, parameters * FLOAT32_BYTES
+    """Seconds of every phase, by the formulas at the top of this module; `tau`, if the mean is not the recipe's.
+
+    What is hashed, decoded and written as a base is all that is shared; what is encoded and merged, the mean of what
+    the rounds exchange.
+    """
+    nodes, shared_bytes, raw_bytes = expected_nodes(recipe), *_float32_bytes(parameters, node_bytes)
     # Virtual nodes queue for a device, those on other machines do not.
-    waves = math.ceil(nodes / machine.at_once) if machine.at_once else 1
-    node_state_bytes = _node_state_bytes(recipe, parameters)
-    node_steps = [recipe.tau_of(silo) * recipe.batch_size_of(silo) for silo in recipe.silo]
+    waves = math.ceil(recipe.nodes_per_round / machine.at_once) if machine.at_once else 1
+    state_bytes = node_state_bytes(recipe, parameters, node_bytes.shared)
+    node_steps = [(silo.tau or tau or recipe.federation.tau) * recipe.batch_size_of(silo) for silo in recipe.silo]
     evaluated = recipe.evaluation.sequences * recipe.data.sequence_length / recipe.evaluation.every
     phases = dict.fromkeys(PHASES, 0.0)
     phases["control"] = machine.control_s + link.control_round_trips * link.round_trip_s
@@ -240,17 +152,19 @@ def predict_round(
         phases["upload"] = transfer_s(node_bytes.up_bytes, up, link.round_trip_s, link.handshakes)
     else:
         phases["upload"] = collective_s(topology, node_bytes.up_bytes, nodes, link.node_bits_per_s, link.round_trip_s)
-    phases["decode"] = waves * (model_bytes + node_state_bytes) / machine.decode_bytes_per_s
+    phases["decode"] = waves * (shared_bytes + state_bytes) / machine.decode_bytes_per_s
     phases["evaluate"] = waves * evaluated / machine.evaluation_tokens_per_s
     phases["train"] = waves * max(node_steps) * recipe.data.sequence_length / machine.tokens_per_s
-    phases["encode"] = waves * model_bytes / machine.encode_bytes_per_s
-    phases["save"] = waves * (node_state_bytes + node_bytes.up_bytes) / machine.disk_bytes_per_s
-    phases["merge"] = merge_s(topology, model_bytes, nodes, machine.merge_bytes_per_s)
+    phases["encode"] = waves * raw_bytes / machine.encode_bytes_per_s
+    phases["save"] = waves * (state_bytes + node_bytes.up_bytes) / machine.disk_bytes_per_s
+    phases["merge"] = merge_s(topology, raw_bytes, nodes, machine.merge_bytes_per_s)
     # The new base is written as it is made; what is left for the commit is the outer optimizer's state and, where nodes
     # rebuild another base than the exact model, that model and what they rebuild theirs from.
-    phases["outer"] = model_bytes / machine.outer_bytes_per_s + model_bytes / machine.disk_bytes_per_s
-    apart = model_bytes * bool(recipe.link.down_feedback) + node_bytes.down_bytes if node_bytes.sends_differences else 0
-    phases["commit"] = (model_bytes * _outer_buffers(recipe) + apart) / machine.disk_bytes_per_s
+    phases["outer"] = shared_bytes / machine.outer_bytes_per_s + shared_bytes / machine.disk_bytes_per_s
+    keeps_exact = node_bytes.down_is_lossy and bool(recipe.link.down_feedback)
+    apart = shared_bytes * keeps_exact + node_bytes.down_bytes if node_bytes.sends_differences else 0
+    outer_bytes = parameters * FLOAT32_BYTES * _outer_buffers(recipe)
+    phases["commit"] = (outer_bytes + apart) / machine.disk_bytes_per_s
     return RoundPrediction(phases, node_bytes)
 
 
@@ -314,18 +228,16 @@ def break_even(
     return float(10.0**low)
 
 
-def _node_state_bytes(recipe: Recipe, parameters: int) -> int:
-    """What a node reads from and writes to its own disk each round: what its codec left out, and its optimizer's state
-    if that is kept."""
-    from photon.estimate import optimizer_bytes, residual_bytes
-
-    kept = optimizer_bytes(recipe, parameters) if recipe.node.optimizer_state == "keep" else 0
-    return kept + residual_bytes(recipe, parameters)
+def _float32_bytes(parameters: int, node_bytes: RoundBytes) -> tuple[float, float]:
+    """All that is shared, and what a mean round exchanges, as float32."""
+    shared = FLOAT32_BYTES * (node_bytes.shared.values if node_bytes.shared else parameters)
+    return shared, fmean(turn.raw_bytes for turn in node_bytes.turns) if node_bytes.turns else shared
 
 
-def _slowest_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> int:
+def _slowest_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> float:
     """The round waits for whoever gets most: where nodes miss rounds, one that gets the model whole."""
-    misses = recipe.nodes_per_round < len(recipe.silo) and recipe.evaluation.every > 1
+    federation = recipe.federation
+    misses = federation.dropout > 0 or (recipe.nodes_per_round < len(recipe.silo) and recipe.evaluation.every > 1)
     return node_bytes.whole_bytes if node_bytes.sends_differences and misses else node_bytes.down_bytes
 
 

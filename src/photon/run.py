@@ -16,6 +16,7 @@ import torch
 
 from photon.aggregator.server import Aggregator
 from photon.aggregator.state import GlobalState, Progress, RoundStore
+from photon.aggregator.updates import largest_update
 from photon.config import Recipe
 from photon.data.build import Prepared, prepare
 from photon.data.build import Progress as BuildProgress
@@ -171,7 +172,7 @@ def _run_to_end(run: Run, display: Display, setting: Setting) -> Summary:
         _node_store(run, site).set_aside(state.progress.round + 1)
     with (
         open_tracker(run.recipe.track, run.folder.path, run.identity.run, display) as tracker,
-        setting.open_fabric(run, len(state.payload), tracker) as fabric,
+        setting.open_fabric(run, _largest_body(run.recipe, state), tracker) as fabric,
     ):
         tracker.write(_started(run, state, model, setting))
         if not begun:
@@ -203,6 +204,11 @@ def write_results(folder: RunFolder) -> Summary:
     write_summary(folder.path, summary)
     write_report(folder.path)
     return summary
+
+
+def _largest_body(recipe: Recipe, state: GlobalState) -> int:
+    """No reply may be longer: an update of all that is shared, exact or as the codec writes it, whichever is more."""
+    return max(len(state.payload), largest_update(recipe.link, state.payload))
 
 
 def _untrained(run: Run, model: LanguageModel) -> GlobalState:

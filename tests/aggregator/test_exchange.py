@@ -14,7 +14,7 @@ from tests.support import Delivery, InlineFabric, edited
 
 from photon.aggregator import exchange as exchange_module
 from photon.aggregator.downlink import Downlink, Told
-from photon.aggregator.exchange import Exchange, Patience
+from photon.aggregator.exchange import Exchange, Patience, RawBytes
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
 from photon.link.ledger import Flow, Ledger
@@ -23,7 +23,7 @@ from photon.link.update import Reply, Task, decode_message, encode_message, expe
 
 NODES = ("ada", "bob", "cyd", "dan")
 PATIENCE = Patience(quorum=0.5, grace_s=10.0, deadline_s=100.0)
-MODEL_BYTES = 4000
+RAW = RawBytes(whole=4000, difference=700, update=600)
 WHOLE = Downlink.tell_whole(b"the whole base", sha256_hex(b"the whole base"))
 DIFFERENCE = Told("difference", "1" * 64, "int4 | zstd", sha256_hex(b"less"), b"less", {"int4": 9, "zstd": 4})
 
@@ -63,7 +63,7 @@ class Trial:
         self.fabric.slots = slots
         self.ledger, self.progress = Ledger(), list[NodeProgress]()
         self.exchange = Exchange(
-            self.fabric, self.ledger, patience, self.progress.append, lambda task: (retold(task), WHOLE), MODEL_BYTES
+            self.fabric, self.ledger, patience, self.progress.append, lambda task: (retold(task), WHOLE), RAW
         )
         self.tasks = {name: self.task(name, 0 if name in evaluators else 5) for name in NODES}
         self.counted: list[str] = []
@@ -359,14 +359,14 @@ def test_both_ways_of_telling_are_on_the_ledger_and_so_is_the_reply_between() ->
     received = [len(message) for node, message in trial.fabric.received if node == "ada"]
     assert (len(sent), len(received)) == (2, 2)
     assert down == Flow(
-        raw=2 * MODEL_BYTES,
+        raw=RAW.difference + RAW.whole,
         body=len(b"less") + len(b"the whole base"),
         encoded=sum(sent),
         sent=sum(sent),
         stages=DIFFERENCE.stage_bytes,
     )
-    assert (up.encoded, up.raw, up.body) == (sum(received), 2 * MODEL_BYTES, 2 * len(b"update"))
-    assert trial.ledger.of("bob").down.raw == MODEL_BYTES
+    assert (up.encoded, up.raw, up.body) == (sum(received), 2 * RAW.update, 2 * len(b"update"))
+    assert trial.ledger.of("bob").down.raw == RAW.difference
 
 
 def test_who_lacks_what_was_sent_whole_has_failed_and_is_not_charged() -> None:

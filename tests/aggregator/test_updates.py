@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.support import RUN, Federation, local_sgd, tiny_recipe, untrained, weights
 from torch import Tensor
 
-from photon.aggregator.updates import UpdateReader, header_bytes_of
+from photon.aggregator.updates import UpdateReader, header_bytes_of, largest_update
 from photon.config import LinkConfig, Recipe
 from photon.errors import ReplyRefusedError, WireError
 from photon.link import body as body_module
@@ -314,3 +314,14 @@ def test_a_residual_is_never_sent_to_anybody(tmp_path: Path) -> None:
         body = decode_message(data).body
         if len(body):
             assert {name for name, _ in iterate_tensors(body)} == names
+
+
+@pytest.mark.parametrize("stages", [*CHAINS, ["topk(density=1.0)"], ["topk(density=1.0)", "zstd"]], ids=str)
+def test_no_update_is_longer_than_the_largest(stages: list[str]) -> None:
+    """Some are longer than the tensors themselves: all values, and where they stand."""
+    link = LinkConfig(up=stages)
+    base = encode_tensors(model(1))
+    sent = encode_update(UpdateReader.of(link).codec, model(2), {}, 1.0, "seed").wire
+    assert len(encode_tensors(sent)) <= largest_update(link, base)
+    large = encode_tensors({"w": torch.zeros(500, 400)})
+    assert (largest_update(link, large) > len(large)) == (stages[:1] == ["topk(density=1.0)"])

@@ -396,4 +396,3 @@ def _take_in(merge: Merge | Gathered, node: str, update: Iterator[tuple[str, Ten
         merge.keep(node, update, weight)
     else:
         merge.fold(update, weight)
-

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from photon.config import LinkConfig
 from photon.errors import ReplyRefusedError, WireError
+from photon.link.body import Body
 from photon.link.codec.notation import parse_pipeline
 from photon.link.codec.pipeline import Pipeline
 from photon.link.difference import count_stages
-from photon.link.tensors import TensorSpec, iterate_tensors
+from photon.link.tensors import TensorSpec, iterate_tensors, read_specs
 from photon.link.update import Message, expect_reply
 
 # A header of safetensors holds for each tensor its name, at most six characters of JSON for a byte of it, and numbers.
@@ -74,6 +75,13 @@ class UpdateReader:
             raise ReplyRefusedError(
                 f"tensor {spec.name!r} takes {spec.end - spec.begin} bytes; {self.codec.name} makes {most} at most"
             )
+
+
+def largest_update(link: LinkConfig, base: Body) -> int:
+    """The most bytes that the body of an update of these tensors can take. Some codecs make it longer than they are."""
+    codec, specs = UpdateReader.of(link).codec, read_specs(base)[1]
+    dtypes = {spec.name: spec.dtype if codec.is_lossless else torch.float32 for spec in specs}
+    return codec.body_size({spec.name: spec.shape for spec in specs}, dtypes).body_bytes
 
 
 def header_bytes_of(base: Mapping[str, Tensor]) -> int:

@@ -69,7 +69,7 @@ class Peer:
 class BlobPlane:
     """How model bytes travel beside Flower. `kept` are published blobs that tell no base.
 
-    An update may be as long as the exact model, `payload_bytes`, and what it holds beside its tensors. `sent` reads
+    An update may be `payload_bytes` long, the exact model or more, and what it holds beside its tensors. `sent` reads
     what the network has carried so far: bytes (down, up) per node.
     """
 

@@ -17,7 +17,9 @@ class Flow(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    raw: int = Field(0, description="The same models or updates as float32.")
+    raw: int = Field(
+        0, description="The same tensors as exact float32; a base that its node holds already counts as a whole one."
+    )
     body: int = Field(0, description="Their tensors as the codec wrote them.")
     encoded: int = Field(0, description="Whole messages: bodies and headers, also of those that carry no tensors.")
     sent: int = Field(

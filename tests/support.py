@@ -263,7 +263,7 @@ def new_model(recipe: Recipe, dtype: torch.dtype = torch.float32) -> LanguageMod
 def untrained(recipe: Recipe, dtype: torch.dtype = torch.float32) -> GlobalState:
     """The state before round 0."""
     model, method = new_model(recipe, dtype), Method.of(recipe)
-    optimizer = method.optimizer(model, recipe.node, CPU) or build_optimizer(model, recipe.node, CPU)
+    optimizer = method.optimizer(build_optimizer(model, recipe.node, CPU))
     return GlobalState(Progress(RUN), encode_tensors(shared_tensors(model, optimizer, method.shared_state)), {})
 
 

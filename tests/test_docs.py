@@ -186,6 +186,11 @@ def unknown_options(text: str) -> Iterator[str]:
             yield span
     for block in blocks(text, "toml"):
         for section, value in tomllib.loads(block).items():
+            if section in ("set", "tune"):  # a method's file
+                yield from (address for address in value if list(unknown_options(f"`{address}`")))
+                continue
+            if section in ("title", "about", "cites"):
+                continue
             tables = value if isinstance(value, list) else [value]
             keys = {key for table in tables if isinstance(table, dict) for key in table}
             known = options_of(section) if section in sections else {}
@@ -202,7 +207,8 @@ def test_options_presets_and_shapes_exist(page: Path) -> None:
 
 def test_an_unknown_option_is_noticed() -> None:
     page = "`node.lr` `node.rate` `federation.outer = none` `federation.inner=x`\n```toml\n[link]\nupp = 1\n```\n"
-    assert list(unknown_options(page)) == ["node.rate", "federation.inner=x", "link.upp"]
+    page += '```toml\ntitle = "A method"\n[set]\n"node.lr" = 1\n"node.late" = 2\n```\n'
+    assert list(unknown_options(page)) == ["node.rate", "federation.inner=x", "link.upp", "node.late"]
 
 
 @each_page

@@ -8,7 +8,7 @@ from photon.config import LinkConfig
 from photon.errors import ConfigError
 from photon.link.codec.notation import parse_pipeline
 from photon.linkpresets import PRESETS, apply_link, codec_fields
-from photon.recipe import dump_recipe, parse_recipe
+from photon.recipe import dump_recipe, load_recipe, parse_recipe
 
 SILOS = '[[silo]]\nname = "a"\ntext = "x"\n'
 
@@ -79,3 +79,13 @@ def test_reading_an_exact_recipe_does_not_bring_torch(tmp_path: Path) -> None:
     code = "import sys; from photon.recipe import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("way", "stages"), [("up", '["int4"]'), ("down", '["bf16"]'), ("up", '["topk", "zstd"]')])
+def test_second_moments_are_not_shared_through_a_lossy_codec(way: str, stages: str) -> None:
+    shares = ["node.optimizer=adamw", "federation.parts=share", f"link.{way}={stages}"]
+    with pytest.raises(ConfigError, match=rf"link\.{way} is lossy, and federation\.parts share the second moment"):
+        load_recipe("demo", shares)
+    assert load_recipe("demo", [*shares, 'link.exact_tensors=["*_sq"]'])
+    assert load_recipe("demo", [*shares, "federation.parts=share(second=0)"])
+    assert load_recipe("demo", [*shares, f'link.{way}=["zstd"]'])

@@ -16,6 +16,7 @@ from tests.support import CPU, LENGTH, Federation, new_model, tiny_recipe, untra
 import photon.parts
 from photon.config import Recipe
 from photon.link.ledger import Traffic
+from photon.node.optimizers import build_optimizer
 from photon.parts.method import Method
 from photon.plan_bytes import RoundBytes, Turn, round_bytes, run_down_bytes, run_up_bytes
 from photon.plan_sizes import ModelFacts, exchanged_bytes, link_codecs, model_facts, scaled_codecs, stage_bytes
@@ -104,8 +105,9 @@ def test_what_is_shared_is_what_the_run_shares(parts: list[str], optimizer: str)
     assert facts.shared_shapes == {name: tuple(tensor.shape) for name, tensor in shared.items()}
     assert facts.shapes == {name: shape for name, shape in facts.shared_shapes.items() if "/" not in name}
     assert facts.shared.values == sum(tensor.numel() for tensor in shared.values())
-    own = Method.of(recipe).optimizer(new_model(recipe), recipe.node, CPU)
-    assert facts.shared.optimizer_bytes == (12 * facts.parameters if own else None)
+    given = build_optimizer(new_model(recipe), recipe.node, CPU)
+    has_own = Method.of(recipe).optimizer(given) is not given
+    assert facts.shared.optimizer_bytes == (12 * facts.parameters if has_own else None)
 
 
 @pytest.mark.parametrize(("up", "down"), LINKS, ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from photon.config import LinkConfig
@@ -46,3 +46,20 @@ def check_codecs(link: LinkConfig) -> None:
         raise ConfigError("link.of = weights is for lossy stages: exact codecs carry the same either way")
     if link.of == "weights" and link.max_update_norm is not None:
         raise ConfigError("link.max_update_norm bounds differences: with link.of = weights no node could keep it")
+
+
+def check_moments(link: LinkConfig, shared_state: Collection[str]) -> None:
+    """Raises ConfigError if a second moment of the optimizer would be shared through a lossy codec.
+
+    Steps are divided by its root: where rounding takes it to zero, training diverges.
+    """
+    from photon.link.codec.notation import parse_pipeline
+
+    for way, stages in (("up", link.up), ("down", link.down)):
+        codec = parse_pipeline(stages, f"link.{way}", link.exact_tensors)
+        for kind in sorted(kind for kind in shared_state if kind.endswith("_sq")):
+            if not codec.of(f"weight/{kind}").is_lossless:
+                raise ConfigError(
+                    f"link.{way} is lossy, and federation.parts share the second moment {kind}, by whose root steps "
+                    'are divided: training would diverge. Set link.exact_tensors = ["*_sq"], or do not share it'
+                )

@@ -236,9 +236,9 @@ def with_tau(question: Question, tau: int) -> Question:
     silos = [silo.model_copy(update={"tau": None}) for silo in question.recipe.silo]
     recipe = question.recipe.model_copy(update={"federation": changed, "silo": silos})
     if changed.parts:
-        from photon.parts.method import check_parts  # here, because it brings torch
+        from photon.parts.method import Method  # here, because it brings torch
 
-        check_parts(recipe)
+        Method.of(recipe)
     return replace(question, recipe=recipe, baseline=same)
 
 

@@ -89,8 +89,8 @@ def _facts(recipe: Recipe, model: nn.Module, shapes: dict[str, Shape], flops_per
     from photon.parts.method import Method
 
     method, meta = Method.of(recipe), torch.device("meta")
-    own = method.optimizer(model, recipe.node, meta)
-    optimizer = own or build_optimizer(model, recipe.node, meta)
+    given = build_optimizer(model, recipe.node, meta)
+    optimizer = method.optimizer(given)
     shared = shared_tensors(model, optimizer, method.shared_state, device="meta")
     shared_shapes = {name: tuple(tensor.shape) for name, tensor in shared.items()}
     return ModelFacts(
@@ -99,7 +99,7 @@ def _facts(recipe: Recipe, model: nn.Module, shapes: dict[str, Shape], flops_per
         flops_per_token,
         shared_shapes,
         _turns(recipe, shared_shapes),
-        None if own is None else _state_bytes(own),
+        None if optimizer is given else _state_bytes(optimizer),
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from photon.config import Recipe, Section
 from photon.errors import ConfigError
-from photon.linkpresets import apply_link, check_codecs, codec_fields
+from photon.linkpresets import apply_link, check_codecs, check_moments, codec_fields
 from photon.options import TOP, Option, hint, options_of, section_header, section_types, toml_text
 from photon.problems import Location, Origin, explain, shorten, unknown_option, unknown_section
 from photon.shapes import apply_shape, shape_fields
@@ -82,9 +82,9 @@ def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe
         raise ConfigError("\n".join(problems))
     check_codecs(recipe.link)
     if recipe.federation.parts:
-        from photon.parts.method import check_parts  # here, because it brings torch: plain recipes need none
+        from photon.parts.method import Method  # here, because it brings torch: plain recipes need none
 
-        check_parts(recipe)
+        check_moments(recipe.link, Method.of(recipe).shared_state)
     return recipe
 
 

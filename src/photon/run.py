@@ -212,12 +212,11 @@ def _largest_body(recipe: Recipe, state: GlobalState) -> int:
 
 
 def _untrained(run: Run, model: LanguageModel) -> GlobalState:
-    kinds = Method.of(run.recipe).shared_state
-    if kinds:
+    method = Method.of(run.recipe)
+    if kinds := method.shared_state:
         from photon.node.optimizers import build_optimizer, shared_tensors  # here: it brings torch's compiler, 80 MB
 
-        optimizer = Method.of(run.recipe).optimizer(model, run.recipe.node, torch.device("cpu"))
-        optimizer = optimizer or build_optimizer(model, run.recipe.node, torch.device("cpu"))
+        optimizer = method.optimizer(build_optimizer(model, run.recipe.node, torch.device("cpu")))
         return GlobalState(Progress(run.identity.run), encode_tensors(shared_tensors(model, optimizer, kinds)), {})
     return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
 

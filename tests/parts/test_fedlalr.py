@@ -16,7 +16,7 @@ from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.model.base import LanguageModel
 from photon.model.build import load_weights
-from photon.node.optimizers import shared_tensors, with_shared_state
+from photon.node.optimizers import build_optimizer, shared_tensors, with_shared_state
 from photon.parts.fedlalr import FedLalr, LocalAmsGrad
 from photon.parts.method import Method
 
@@ -202,8 +202,7 @@ def test_eight_clients_are_about_eight_times_nearer() -> None:
 
 def test_shared_state_begins_at_its_floor_and_a_round_at_v_equal_to_vhat() -> None:
     model = new_model(recipe())
-    optimizer = Method.of(recipe()).optimizer(model, recipe().node, CPU)
-    assert optimizer is not None
+    optimizer = Method.of(recipe()).optimizer(build_optimizer(model, recipe().node, CPU))
     shared = shared_tensors(model, optimizer, {MEAN, FLOOR})
     begun = torch.cat([tensor.flatten() for name, tensor in shared.items() if name.endswith(FLOOR)])
     assert torch.equal(begun, torch.full_like(begun, EPS**2))

@@ -16,6 +16,7 @@ from torch import Tensor
 import photon.parts
 from photon.config import FederationConfig, Recipe
 from photon.errors import ConfigError
+from photon.node.optimizers import build_optimizer
 from photon.parts.base import Moment
 from photon.parts.method import Method, part_class, part_names
 
@@ -117,7 +118,8 @@ def test_a_plain_recipe_has_no_parts() -> None:
     assert not method.parts
     assert (method.is_partial, method.keeps_weights, method.merged) == (False, False, None)
     assert method.corrector(new_model(tiny_recipe()), {}) is None
-    assert method.optimizer(new_model(tiny_recipe()), tiny_recipe().node, CPU) is None
+    given = build_optimizer(new_model(tiny_recipe()), tiny_recipe().node, CPU)
+    assert method.optimizer(given) is given
 
 
 def test_no_round_goes_beyond_the_end_of_the_run() -> None:

@@ -75,8 +75,8 @@ class Trainer:
         method: Method | None = None,
     ) -> None:
         self.model = model.to(device)
-        own = method.optimizer(self.model, node, device) if method else None
-        self.optimizer = own or build_optimizer(self.model, node, device)
+        given = build_optimizer(self.model, node, device)
+        self.optimizer = method.optimizer(given) if method else given
         self.correct: Callable[[], None] | None = None  # what a part does to the gradients of each step
         self.node = node
         self.device = device

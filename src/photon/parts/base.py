@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from photon.config import FederationConfig, NodeConfig, Recipe
+from photon.config import FederationConfig, Recipe
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -95,11 +95,14 @@ class Part:
 
     # At the node.
 
-    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer | None:
-        """A local optimizer to use instead of the recipe's. Like those (`photon.node.optimizers`) it has groups with
-        `lr` and `initial_lr`, the peak, and a method `state_names(group)` that names its state of a parameter.
-        It may have `floors` and `copies` (see `photon.node.optimizers.with_shared_state`)."""
-        return None
+    def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The local optimizer; `given` is the recipe's, new, whose groups hold parameters, peak rates and decay.
+
+        Like those (`photon.node.optimizers`) it has groups with `lr` and `initial_lr`, the peak, and beside that a
+        method `state_names(group)` that names its state of a parameter. It may have `floors` and `copies` (see
+        `photon.node.optimizers.with_shared_state`).
+        """
+        return given
 
     def start(self, name: str, own: Tensor, base: Tensor) -> Tensor:
         """What a node begins with in the place of a tensor that it takes: of its own and the base's."""

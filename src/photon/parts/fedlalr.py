@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from photon.config import NodeConfig, Recipe
+from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part
 
@@ -128,10 +128,10 @@ class FedLalr(Part):
         """m and vhat."""
         return frozenset({"exp_avg", "max_exp_avg_sq"})
 
-    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer:
+    def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Its own, for all that the model trains."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return LocalAmsGrad(trainable, node.lr, (self.beta1, self.beta2), self.eps)
+        trainable = [parameter for group in given.param_groups for parameter in group["params"]]
+        return LocalAmsGrad(trainable, given.param_groups[0]["initial_lr"], (self.beta1, self.beta2), self.eps)
 
 
 PART = FedLalr

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import photon.parts
-from photon.config import FederationConfig, NodeConfig, Recipe
+from photon.config import FederationConfig, Recipe
 from photon.errors import ConfigError
 from photon.notation import parse_call
 from photon.parts.base import Moment, Part, Shapes, Updates, changes
@@ -134,9 +134,11 @@ class Method:
 
     # At the node.
 
-    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer | None:
+    def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The part's local optimizer, if one of them has its own."""
-        return next(filter(None, (part.optimizer(model, node, device) for part in self.parts)), None)
+        for part in self.parts:
+            given = part.optimizer(given)
+        return given
 
     def start(self, name: str, own: Tensor, base: Tensor) -> Tensor:
         """What a node begins with in the place of a tensor that it takes from the base."""
@@ -186,11 +188,6 @@ class Method:
     def merged(self) -> Callable[[Updates], Iterator[tuple[str, Tensor]]] | None:
         """How updates are merged; None for the weighted mean, which needs none of them to be kept."""
         return next((part.merged for part in self.parts if changes(part, "merged")), None)
-
-
-def check_parts(recipe: Recipe) -> None:
-    """Raises ConfigError if `federation.parts` has something that there is not, or that does not suit the recipe."""
-    Method.of(recipe)
 
 
 def is_state(name: str) -> bool:

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
-from photon.config import NodeConfig, Recipe
+from photon.config import Recipe
 from photon.errors import ConfigError
-from photon.node.optimizers import build_optimizer
 from photon.parts.base import Part
 
 
@@ -119,12 +118,13 @@ class SlowMomentum(Part):
                 f"federation.parts: slow_momentum needs node.optimizer = adamw, not {recipe.node.optimizer}"
             )
 
-    def optimizer(self, model: nn.Module, node: NodeConfig, device: torch.device) -> torch.optim.Optimizer:
+    def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """AdamW's groups and rates."""
         kept = ("params", "lr", "initial_lr", "eps", "weight_decay")
-        groups = build_optimizer(model, node, device).param_groups
-        betas = {"betas": (self.beta, node.betas[1])}
-        return QuasiHyperbolicAdamW([{key: group[key] for key in kept} | betas for group in groups], self.nu)
+        groups = [{key: group[key] for key in kept} for group in given.param_groups]
+        for own, group in zip(groups, given.param_groups, strict=True):
+            own["betas"] = (self.beta, group["betas"][1])
+        return QuasiHyperbolicAdamW(groups, self.nu)
 
 
 PART = SlowMomentum

@@ -108,13 +108,14 @@ def test_tokens_per_round() -> None:
 def test_what_is_shared_beside_the_weights_is_in_base_update_and_merge() -> None:
     """Per parameter: three values are shared, two of them exchanged in the largest round."""
     shared = Shared(values=3000, most_exchanged=2000)
-    share = recipe("federation.parts=share(first=2, second=3)", "node.optimizer_state=keep", "link.down=int8")
+    spared = 'link.exact_tensors=["*_sq"]'
+    share = recipe("federation.parts=share(first=2, second=3)", "node.optimizer_state=keep", "link.down=int8", spared)
     plain, more = memory_estimate(share, 1000), memory_estimate(share, 1000, shared)
     assert (plain.update_bytes, more.update_bytes) == (8000, 12000 + 8000)
     assert (plain.disk_bytes, more.disk_bytes) == (8000 + 4000, 8000 + 12000)  # the state of AdamW, and the base
     assert more.aggregator_bytes == 4 * 3000 + 8 * 2000 + 4 * 2000
     assert more.method_bytes == max(0, 8000 - more.activations_bytes)
-    lossy = recipe("federation.parts=share", "link.up=int8")
+    lossy = recipe("federation.parts=share", "link.up=int8", spared)
     assert memory_estimate(lossy, 1000, shared).codec_bytes == 12000 + 8000
     one_buffer = memory_estimate(lossy, 1000, Shared(3000, 3000, optimizer_bytes=12000))
     assert one_buffer.optimizer_bytes == 12000

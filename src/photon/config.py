@@ -173,7 +173,8 @@ class FederationConfig(Section):
     outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
     outer_eps: float = Field(1e-8, gt=0, description="adam, yogi.")
     parts: list[str] = Field(
-        [], description="What is added to FedAvg, in this order, such as share(second=6) or fedprox(mu=0.01)."
+        [],
+        description="What is added to FedAvg, in this order, such as share(second=6); the baseline goes without.",
     )
     quorum: float = Field(1.0, gt=0, le=1, description="Share of K that must answer with something usable.")
     grace_s: float = Field(30.0, ge=0, description="After the quorum is met, wait this long for the others.")

@@ -113,6 +113,12 @@ def test_what_several_parts_leave_is_exchanged() -> None:
     assert method.taken(SHAPES, 1) == ["a", "b"]
 
 
+def test_the_baseline_goes_without_parts() -> None:
+    assert Method.of(recipe("fedprox", outer="none")) == Method()
+    with pytest.raises(ConfigError, match="there is no part"):
+        Method.of(recipe("fedprocs", outer="none"))
+
+
 def test_a_plain_recipe_has_no_parts() -> None:
     method = Method.of(tiny_recipe())
     assert not method.parts
@@ -130,8 +136,6 @@ def test_no_round_goes_beyond_the_end_of_the_run() -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ConfigError, match="nobody shares anything"):
-        Method.of(recipe("share", outer="none"))
     weights_too = tiny_recipe(
         node={"optimizer": "adamw"},
         federation={"parts": ["share"]},

@@ -58,7 +58,10 @@ class Method:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Method:
-        """As the recipe says. Raises ConfigError for a part that there is not, or that does not suit the recipe."""
+        """As the recipe says; the centralised baseline (`federation.outer = none`) has no parts.
+
+        Raises ConfigError for a part that there is not, or that does not suit the recipe.
+        """
         try:
             method = cls(
                 tuple(parse_call(text, _Kinds(), "part", "fedprox(mu=0.01)") for text in recipe.federation.parts)
@@ -66,7 +69,7 @@ class Method:
         except ValueError as error:
             raise ConfigError(f"federation.parts: {error}") from None
         method._check(recipe)
-        return method
+        return method if recipe.federation.outer != "none" else cls()
 
     def _check(self, recipe: Recipe) -> None:
         for what in ("optimizer", "start", "merged", "late_rounds"):
@@ -74,10 +77,6 @@ class Method:
                 raise ConfigError(
                     f"federation.parts: {' and '.join(names)} cannot go together: each has its own {what}"
                 )
-        if self.parts and recipe.federation.outer == "none":
-            raise ConfigError(
-                "federation.parts is for federations: with federation.outer = none nobody shares anything"
-            )
         if self.late_rounds and (self.is_partial or self.shared_state or self.merged):
             raise ConfigError(
                 "federation.parts: updates that may come late are of whole models without optimizer state, and the "

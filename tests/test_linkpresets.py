@@ -76,7 +76,7 @@ def test_reading_an_exact_recipe_does_not_bring_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys; from photon.recipe import load_recipe; load_recipe('demo'); print('torch' in sys.modules)"
+    code = "import sys; from photon.recipe import load_recipe; load_recipe('own-text'); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "False"
 

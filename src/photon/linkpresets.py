@@ -10,19 +10,25 @@ from photon.errors import ConfigError
 
 CodecOptions = Mapping[str, list[str] | str | float]
 
+_EXACT = ["*_sq"]  # second moments, where federation.parts share them: they bear no rounding (see `check_moments`)
+
 PRESETS: Mapping[str, CodecOptions] = MappingProxyType(
     {
         "exact": {"up": [], "down": []},
-        "balanced": {"up": ["int4(block=128)", "zstd"], "down": ["int4(block=128)", "zstd"]},
+        "balanced": {"up": ["int4(block=128)", "zstd"], "down": ["int4(block=128)", "zstd"], "exact_tensors": _EXACT},
         # A tenth of the values, by sign: the bitmap of where they stand packs to half a bit a value.
-        "tiny": {"up": ["topk(density=0.1)", "sign", "zstd"], "down": ["int4(block=128)", "zstd"]},
+        "tiny": {
+            "up": ["topk(density=0.1)", "sign", "zstd"],
+            "down": ["int4(block=128)", "zstd"],
+            "exact_tensors": _EXACT,
+        },
     }
 )
 
 
 def codec_fields() -> frozenset[str]:
     """The `[link]` options that a preset may set."""
-    return frozenset({"up", "down", "of", "up_feedback", "down_feedback"})
+    return frozenset({"up", "down", "of", "exact_tensors", "up_feedback", "down_feedback"})
 
 
 def apply_link(link: Mapping[str, object]) -> dict[str, object]:

@@ -301,7 +301,6 @@ def test_what_cannot_be_is_refused() -> None:
         ("stale goes with no part", recipe(HALF, "share", node={"optimizer": "adamw"})),
         ("stale goes with no part", recipe(HALF, "median")),
         ("cannot go together", recipe(HALF, HALF)),
-        ("with federation.outer = none", recipe(HALF, federation={"outer": "none"})),
     ):
         with pytest.raises(ConfigError, match=message):
             Method.of(asked)

@@ -19,7 +19,7 @@ help:  ## this list
 	.venv/bin/uv pip install --quiet --python .venv/bin/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -e '.[dev]'
 	@touch $@
 
-demo: .venv/.ready  ## four owners of text train one model on this machine, offline, in about 3 minutes
+demo: .venv/.ready  ## four owners of text train one model on this machine, offline, in about 4 minutes
 	.venv/bin/photon train
 
 test: .venv/.ready  ## the fast test suite (no network, no GPU)

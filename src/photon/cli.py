@@ -53,7 +53,7 @@ def _root(
 
 @app.command(
     epilog="""Examples:\n
-photon train   (the preset demo: four owners, this machine, about 3 minutes)\n
+photon train   (the preset demo: four owners, this machine, about 4 minutes)\n
 photon train demo federation.rounds=40 node.lr=4e-3 --run runs/longer\n
 photon train demo federation.outer=none   (the same tokens, centralised: the baseline)\n
 photon train demo --method diloco   (a method laid over the recipe: photon methods)\n

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import typer
 
+from photon.cli_options import command
 from photon.errors import InputError
 
 EPILOG = """Examples:\n
@@ -56,7 +55,7 @@ class CompareOptions:
 
 def add_compare(app: typer.Typer) -> None:
     """Add the commands to `photon`."""
-    app.command(name="compare", epilog=EPILOG)(_command())
+    app.command(name="compare", epilog=EPILOG)(command(CompareOptions, run_compare))
     app.command(name="methods", epilog="Examples:\n\nphoton methods\n\nphoton methods diloco > mine.toml")(show_methods)
 
 
@@ -81,7 +80,7 @@ def show_methods(
 
 
 def run_compare(options: CompareOptions) -> None:
-    """Compare, print the tables, and say where the page is."""
+    """Compare methods on the same text, tokenizer, initial weights and tokens: a table and one page."""
     from rich.console import Console
 
     from photon.cli import split_words
@@ -135,21 +134,3 @@ def _listed(text: str, option: str) -> list[str]:
     if not words:
         raise InputError(f"{option} names none")
     return words
-
-
-def _command() -> Callable[..., None]:
-    """A function with the options above as its parameters: typer reads them off its signature."""
-
-    def compare(**values: object) -> None:
-        """Compare methods on the same text, tokenizer, initial weights and tokens: a table and one page."""
-        run_compare(CompareOptions(**values))  # type: ignore[arg-type]  # typer has converted and checked each of them
-
-    hints = get_type_hints(CompareOptions, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
-        )
-        for option in fields(CompareOptions)
-    ]
-    compare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect.signature looks at
-    return compare

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from photon.cli_options import command
 from photon.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,29 +89,11 @@ class PlanOptions:
 
 def add_plan(app: typer.Typer) -> None:
     """Add the command to `photon`."""
-    app.command(name="plan", epilog=EPILOG)(_command())
-
-
-def _command() -> Callable[..., None]:
-    """A function with the options above as its parameters: typer reads them off its signature."""
-
-    def plan(**values: object) -> None:
-        """Say what a run will take before it runs: memory, bytes, time, utilisation, money; and whether it pays."""
-        run_plan(PlanOptions(**values))  # type: ignore[arg-type]  # typer has converted and checked each of them
-
-    hints = get_type_hints(PlanOptions, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
-        )
-        for option in fields(PlanOptions)
-    ]
-    plan.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect.signature looks at
-    return plan
+    app.command(name="plan", epilog=EPILOG)(command(PlanOptions, run_plan))
 
 
 def run_plan(options: PlanOptions) -> None:
-    """Answer and print, or write."""
+    """Say what a run will take before it runs: memory, bytes, time, utilisation, money; and whether it pays."""
     from rich.console import Console
 
     from photon.plan_answer import answer

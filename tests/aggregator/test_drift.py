@@ -80,9 +80,9 @@ def test_shared_optimizer_state_is_no_part_of_the_sample() -> None:
 
 def test_the_mean_cosine_is_over_pairs() -> None:
     east, north, west = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), torch.tensor([-1.0, 0.0])
-    assert mean_cosine({"a": east}) is None
-    assert mean_cosine({"a": east, "b": west}) == -1
-    assert mean_cosine({"a": east, "b": north, "c": west}) == pytest.approx(-1 / 3)
+    assert mean_cosine(pairwise_cosine({"a": east})) is None
+    assert mean_cosine(pairwise_cosine({"a": east, "b": west})) == -1
+    assert mean_cosine(pairwise_cosine({"a": east, "b": north, "c": west})) == pytest.approx(-1 / 3)
 
 
 def test_the_sample_of_every_node_is_of_the_same_places(monkeypatch: pytest.MonkeyPatch) -> None:

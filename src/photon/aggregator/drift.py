@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ def sample_update(update: Iterable[tuple[str, Tensor]], like: Mapping[str, Tenso
     return torch.cat([torch.zeros(0), *parts])
 
 
-def mean_cosine(samples: Mapping[str, Tensor]) -> float | None:
-    """The mean cosine over all pairs; None if there is no pair."""
-    rows = pairwise_cosine(samples)
+def mean_cosine(rows: Sequence[Sequence[float]]) -> float | None:
+    """The mean over all pairs of what `pairwise_cosine` gives; None if there is no pair."""
     pairs = [row[column] for index, row in enumerate(rows) for column in range(index)]
     return math.fsum(pairs) / len(pairs) if pairs else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -37,6 +38,11 @@ class Merged:
     def tokens(self) -> int:
         """Tokens trained on, over all nodes that count."""
         return sum(report.tokens for report in self.reports.values())
+
+    @cached_property
+    def cosine(self) -> list[list[float]]:
+        """Of each pair of updates; asked for once all are in."""
+        return pairwise_cosine(self.samples)
 
     def timed(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors; the time that it takes to make them belongs to the merge."""
@@ -81,7 +87,7 @@ def round_event(
         },
         missing=dict(sorted(merged.missing.items())),
         suspended=suspended,
-        cosine=pairwise_cosine(merged.samples),
+        cosine=merged.cosine,
         phases_s=phases_s,
     )
 

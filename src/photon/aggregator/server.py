@@ -130,7 +130,7 @@ class Aggregator:
         stepping += merged.merge_s - folding_s  # a merge of gathered updates is made while it is read
         self.payload, self.model_sha256 = self._next_base()
         self.progress = self.progress.after_round(
-            self.progress.sequential_step + self.federation.tau, merged.tokens, mean_cosine(merged.samples)
+            self.progress.sequential_step + self.federation.tau, merged.tokens, mean_cosine(merged.cosine)
         )
 
         # 4. Remember how nodes behaved and say what happened; `run` commits. (This round's commit is not over when its

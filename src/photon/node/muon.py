@@ -8,12 +8,14 @@ iteration runs in float32, where bfloat16 products are several times slower, and
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from photon.parts.optimizer import LocalOptimizer
 
 NEWTON_SCHULZ_STEPS = 5
 # Coefficients of the original: the steepest slope at zero that still keeps values in a band. Five steps bring every
@@ -43,7 +45,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(LocalOptimizer):
     """One optimizer with two kinds of parameter groups, told apart by the group's `algorithm`.
 
     `muon` (matrices only; keys `lr`, `momentum`, `weight_decay`): Nesterov momentum, orthogonalised, then scaled by
@@ -59,28 +61,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 if group["algorithm"] == "muon" and parameter.ndim != 2:
                     raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def state_names(self, group: Mapping[str, Any]) -> list[str]:
+        """Names of the state of a parameter."""
+        return ["momentum_buffer"] if group["algorithm"] == "muon" else ["step", "exp_avg", "exp_avg_sq"]
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. `closure`, if given, recomputes and returns the loss first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            if group["algorithm"] == "muon":
-                self._step_muon(parameters, group)
-            else:
-                self._step_adamw(parameters, group)
-        return loss
+    def step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """By the group's own algorithm."""
+        if group["algorithm"] == "muon":
+            self._step_muon(parameters, group)
+        else:
+            self._step_adamw(parameters, group)
 
     def _step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for alike in _chunks_of_one_shape(parameters):
@@ -102,19 +92,14 @@ class MuonAdamW(torch.optim.Optimizer):
         return buffer
 
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:  # the fused kernel counts steps in float32 beside the parameter
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        states = [self.adamw_state(p) for p in parameters]
         adamw(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [self.state[p]["step"] for p in parameters],
+            [state["step"] for state in states],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from photon.config import NodeConfig
 from photon.errors import StateError
 from photon.node.muon import MuonAdamW
+from photon.parts.optimizer import FLOORS, LocalOptimizer
 
 # Last part of a module's name that marks an output head, for models that do not tell (`get_output_embeddings`).
 _HEAD_NAMES = frozenset({"lm_head", "head", "output_head", "embed_out", "unembedding"})
@@ -156,12 +157,12 @@ def with_shared_state(
     Parameters with shared state count their steps by the sequential step, as every node does; what else they lack is
     zero. State that a lossy codec has put below its floor is raised to it: a second moment is never negative.
 
-    A part's own optimizer may tell its `floors` by kind, and under `copies` which kinds begin each round as a copy of
-    which shared ones.
+    An optimizer of ours tells its `floors` by kind, and under `copies` which kinds begin each round as a copy of which
+    shared ones (`photon.parts.optimizer`).
     """
     state = dict(own)
     expected, floors = _expected_state(optimizer), _floors(optimizer)
-    copies: Mapping[str, str] = getattr(optimizer, "copies", {})
+    copies = optimizer.copies if isinstance(optimizer, LocalOptimizer) else {}
     for name, parameter in model.named_parameters():
         if not any(f"{name}/{kind}" in shared for kind in expected.get(parameter, ())):
             continue
@@ -177,8 +178,7 @@ def with_shared_state(
 
 
 def _floors(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
-    floors: Mapping[str, float] = getattr(optimizer, "floors", {"exp_avg_sq": 0.0})
-    return floors
+    return optimizer.floors if isinstance(optimizer, LocalOptimizer) else FLOORS
 
 
 def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -193,11 +193,11 @@ def _expected_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, frozenset[
     """The state names each parameter has after its first step."""
     expected: dict[Tensor, frozenset[str]] = {}
     for group in optimizer.param_groups:
-        if own_names := getattr(optimizer, "state_names", None):  # a part's own
-            names = frozenset(own_names(group))
+        if isinstance(optimizer, LocalOptimizer):
+            names = frozenset(optimizer.state_names(group))
         elif "betas" in group:
             names = frozenset({"step", "exp_avg", "exp_avg_sq"})
-        elif group["momentum"] or isinstance(optimizer, MuonAdamW):
+        elif group["momentum"]:
             names = frozenset({"momentum_buffer"})
         else:
             names = frozenset()

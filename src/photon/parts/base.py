@@ -98,9 +98,8 @@ class Part:
     def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The local optimizer; `given` is the recipe's, new, whose groups hold parameters, peak rates and decay.
 
-        Like those (`photon.node.optimizers`) it has groups with `lr` and `initial_lr`, the peak, and beside that a
-        method `state_names(group)` that names its state of a parameter. It may have `floors` and `copies` (see
-        `photon.node.optimizers.with_shared_state`).
+        One that is not from torch is a `photon.parts.optimizer.LocalOptimizer`, and its groups have `lr` and
+        `initial_lr`, the peak.
         """
         return given
 

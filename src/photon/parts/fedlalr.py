@@ -12,9 +12,9 @@ lr (1 - beta1) / sqrt(1 - beta2) whatever the gradient's size: hence an eps abov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part
+from photon.parts.optimizer import LocalOptimizer
 
 # Torch's fused kernel divides by 1 - beta^step. At so late a step that is 1 for any beta up to 1 - 1e-7, and in
 # float32 one more makes no difference.
@@ -32,55 +33,39 @@ _MOST_BETA = 1 - 1e-7
 _BESIDE = frozenset({"fedlalr", "tau_ramp", "tau_by_agreement"})  # what changes nothing of the rule
 
 
-class LocalAmsGrad(torch.optim.Optimizer):
+class LocalAmsGrad(LocalOptimizer):
     """The local step, one pass over memory. State: `exp_avg` (m), `exp_avg_sq` (v), `max_exp_avg_sq` (vhat)."""
 
-    copies: Mapping[str, str] = {"exp_avg_sq": "max_exp_avg_sq"}
+    copies: ClassVar[Mapping[str, str]] = {"exp_avg_sq": "max_exp_avg_sq"}
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(parameters, {"lr": lr, "initial_lr": lr, "betas": betas})
         self.floors = {"max_exp_avg_sq": eps * eps}
 
-    def state_names(self, _: Mapping[str, Any]) -> list[str]:
+    def state_names(self, group: Mapping[str, Any]) -> list[str]:
         """Names of the state of a parameter."""
         return ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. `closure`, if given, recomputes and returns the loss first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            states = [self._state_of(p) for p in parameters]
-            late = torch.tensor(_NO_BIAS_CORRECTION, device=parameters[0].device)
-            adamw(
-                parameters,
-                [p.grad for p in parameters if p.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["max_exp_avg_sq"] for state in states],
-                [late] * len(parameters),
-                fused=True,
-                amsgrad=True,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=0.0,
-                maximize=False,
-            )
-        return loss
+    def step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One call of the fused kernel."""
+        states = [self._state_of(p) for p in parameters]
+        late = torch.tensor(_NO_BIAS_CORRECTION, device=parameters[0].device)
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states],
+            [late] * len(parameters),
+            fused=True,
+            amsgrad=True,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=0.0,
+            maximize=False,
+        )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]

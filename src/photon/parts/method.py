@@ -18,7 +18,7 @@ from photon.errors import ConfigError
 from photon.notation import parse_call
 from photon.parts.base import Moment, Part, Shapes, Updates, changes
 
-_NOT_PARTS = frozenset({"base", "method", "pieces"})
+_NOT_PARTS = frozenset({"base", "method", "optimizer", "pieces"})
 STATE_MARK = "/"  # parameter/kind: no parameter's name has one
 
 

@@ -15,9 +15,9 @@ Second moment, epsilon and decoupled weight decay are AdamW's. State has AdamW's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,40 +26,23 @@ from torch.optim.adamw import adamw
 from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part
+from photon.parts.optimizer import LocalOptimizer
 
 
-class QuasiHyperbolicAdamW(torch.optim.Optimizer):
+class QuasiHyperbolicAdamW(LocalOptimizer):
     """AdamW with the numerator (1 - nu) g + nu m. Groups have `lr`, `betas`, `eps`, `weight_decay`."""
 
     def __init__(self, groups: list[dict[str, Any]], nu: float) -> None:
         super().__init__(groups, {})
         self.nu = nu
 
-    def state_names(self, _: Mapping[str, Any]) -> list[str]:
+    def state_names(self, group: Mapping[str, Any]) -> list[str]:
         """Names of the state of a parameter."""
         return ["step", "exp_avg", "exp_avg_sq"]
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. `closure`, if given, recomputes and returns the loss first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._step(parameters, group)
-        return loss
-
-    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state_of(p) for p in parameters]
+    def step_group(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """The momentum's share by the fused kernel, then the gradient's."""
+        states = [self.adamw_state(p) for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         squares, steps = [state["exp_avg_sq"] for state in states], [state["step"] for state in states]
         lr, (_, beta2) = group["lr"], group["betas"]
@@ -88,14 +71,6 @@ class QuasiHyperbolicAdamW(torch.optim.Optimizer):
             torch._foreach_div_(roots, [(-torch.expm1(step * log_beta2)).sqrt() for step in steps])
             torch._foreach_add_(roots, group["eps"])
             torch._foreach_addcdiv_(parameters, gradients, roots, value=-lr * (1 - self.nu))
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from photon.model.base import LanguageModel
 from photon.model.build import build_model, load_weights, named_weights
 from photon.node.base import Bases
 from photon.node.node import HeldOut, Node, Site, failure_reply
-from photon.node.optimizers import build_optimizer, shared_tensors
+from photon.node.optimizers import build_optimizer
+from photon.node.shared import shared_tensors
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
 from photon.parts.method import Method

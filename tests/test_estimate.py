@@ -108,7 +108,7 @@ def test_tokens_per_round() -> None:
 def test_what_is_shared_beside_the_weights_is_in_base_update_and_merge() -> None:
     """Per parameter: three values are shared, two of them exchanged in the largest round."""
     shared = Shared(values=3000, most_exchanged=2000)
-    spared = 'link.exact_tensors=["*_sq"]'
+    spared = 'link.exact_tensors=["*/*_sq*"]'
     share = recipe("federation.parts=share(first=2, second=3)", "node.optimizer_state=keep", "link.down=int8", spared)
     plain, more = memory_estimate(share, 1000), memory_estimate(share, 1000, shared)
     assert (plain.update_bytes, more.update_bytes) == (8000, 12000 + 8000)

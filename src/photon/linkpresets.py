@@ -10,7 +10,7 @@ from photon.errors import ConfigError
 
 CodecOptions = Mapping[str, list[str] | str | float]
 
-_EXACT = ["*_sq"]  # second moments, where federation.parts share them: they bear no rounding (see `check_moments`)
+_EXACT = ["*/*_sq*"]  # second moments, where federation.parts share them: they bear no rounding (see `check_moments`)
 
 PRESETS: Mapping[str, CodecOptions] = MappingProxyType(
     {
@@ -63,9 +63,9 @@ def check_moments(link: LinkConfig, shared_state: Collection[str]) -> None:
 
     for way, stages in (("up", link.up), ("down", link.down)):
         codec = parse_pipeline(stages, f"link.{way}", link.exact_tensors)
-        for kind in sorted(kind for kind in shared_state if kind.endswith("_sq")):
+        for kind in sorted(kind for kind in shared_state if "_sq" in kind):
             if not codec.of(f"weight/{kind}").is_lossless:
                 raise ConfigError(
                     f"link.{way} is lossy, and federation.parts share the second moment {kind}, by whose root steps "
-                    'are divided: training would diverge. Set link.exact_tensors = ["*_sq"], or do not share it'
+                    'are divided: training would diverge. Set link.exact_tensors = ["*/*_sq*"], or do not share it'
                 )

@@ -85,7 +85,8 @@ def _facts(recipe: Recipe, model: nn.Module, shapes: dict[str, Shape], flops_per
     """With what the recipe's parts share of a model on the meta device: by the functions that a run asks too."""
     import torch
 
-    from photon.node.optimizers import build_optimizer, shared_tensors
+    from photon.node.optimizers import build_optimizer
+    from photon.node.shared import shared_tensors
     from photon.parts.method import Method
 
     method, meta = Method.of(recipe), torch.device("meta")

@@ -16,7 +16,8 @@ from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.model.base import LanguageModel
 from photon.model.build import load_weights
-from photon.node.optimizers import build_optimizer, shared_tensors, with_shared_state
+from photon.node.optimizers import build_optimizer
+from photon.node.shared import shared_tensors, with_shared_state
 from photon.parts.fedlalr import FedLalr, LocalAmsGrad
 from photon.parts.method import Method
 
@@ -181,7 +182,7 @@ def noisy_quadratic(clients: int, seed: int) -> float:
         ends = []
         for _ in range(clients):
             model.load_state_dict({"weight": shared["weight"]})
-            state = with_shared_state(optimizer, model, {}, shared, 0)
+            state = with_shared_state(optimizer, model, {}, shared, shared, 0)
             optimizer.state[model.weight] = {k.partition("/")[2]: v.clone() for k, v in state.items()}
             for _ in range(tau):
                 noise = torch.randn(1, size, generator=generator, dtype=torch.float64)
@@ -207,7 +208,7 @@ def test_shared_state_begins_at_its_floor_and_a_round_at_v_equal_to_vhat() -> No
     begun = torch.cat([tensor.flatten() for name, tensor in shared.items() if name.endswith(FLOOR)])
     assert torch.equal(begun, torch.full_like(begun, EPS**2))
     low = {name: t * 0 - 1 if name.endswith(FLOOR) else t for name, t in shared.items()}  # a lossy codec's
-    state = with_shared_state(optimizer, model, {}, low, 7)
+    state = with_shared_state(optimizer, model, {}, low, low, 7)
     for name, _ in model.named_parameters():
         assert float(state[f"{name}/{FLOOR}"].min()) == pytest.approx(EPS**2)
         assert torch.equal(state[f"{name}/{FLOOR}"], state[f"{name}/exp_avg_sq"])

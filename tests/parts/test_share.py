@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,16 @@ def recipe(*parts: str, rounds: int = 4, **sections: Any) -> Recipe:
 
 
 def plain_loop(
-    recipe: Recipe, periods: Mapping[str, int], sets_steps: bool = True, mean: bool = True
+    recipe: Recipe,
+    periods: Mapping[str, int],
+    sets_steps: bool = True,
+    mean: bool = True,
+    factors: Callable[[list[Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Local AdamW at each node; weights are averaged each round, a moment every `periods[kind]` rounds (0: never).
 
     Without `mean` everybody gets the first node's moments; without `sets_steps` their counts of steps stay their own.
+    `factors` is what to do with the second moments of a matrix, where that is not to average them.
     """
     tau, size = recipe.federation.tau, recipe.node.batch_size
     models = {name: new_model(recipe, torch.float64) for name in NODES}
@@ -53,7 +58,11 @@ def plain_loop(
                 average(list(group), mean=True)
                 for kind, period in periods.items():
                     if period and (index + 1) % period == 0:
-                        average([optimizers[name].state[p][kind] for name, p in zip(NODES, group, strict=True)], mean)
+                        moments = [optimizers[name].state[p][kind] for name, p in zip(NODES, group, strict=True)]
+                        if factors is not None and kind == "exp_avg_sq" and moments[0].ndim == 2:
+                            factors(moments)
+                        else:
+                            average(moments, mean)
     return {name: parameter.detach() for name, parameter in models["ada"].named_parameters()}
 
 
@@ -61,6 +70,27 @@ def average(tensors: list[Tensor], mean: bool) -> None:
     value = torch.stack([tensor.detach() for tensor in tensors]).mean(0) if mean else tensors[0].detach().clone()
     for tensor in tensors:
         tensor.copy_(value)
+
+
+def adafactor(moments: list[Tensor]) -> None:
+    """Everybody gets the product of the mean row sums and column sums, over the sum of all (arXiv 1804.04235)."""
+    together = torch.stack(moments).mean(0)
+    value = together.sum(1, keepdim=True) * together.sum(0, keepdim=True) / together.sum()
+    for moment in moments:
+        moment.copy_(value)
+
+
+def own_factors(moments: list[Tensor]) -> None:
+    """A mutant: everybody's own, factored."""
+    for moment in moments:
+        adafactor([moment])
+
+
+def rows_alone(moments: list[Tensor]) -> None:
+    """A mutant: the columns are forgotten."""
+    value = torch.stack(moments).mean(0).mean(1, keepdim=True)
+    for moment in moments:
+        moment.copy_(value.expand_as(moment))
 
 
 def trained(folder: Path, recipe: Recipe) -> dict[str, Tensor]:
@@ -87,6 +117,28 @@ def test_it_is_local_adam_with_averaged_moments(tmp_path: Path, part: str, perio
     assert largest_difference(ours, plain_loop(asked, periods, sets_steps=False)) > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("part", "periods"),
+    [
+        ("share(factored=true)", {"exp_avg": 1, "exp_avg_sq": 1}),
+        ("share(first=0, factored=true)", {"exp_avg": 0, "exp_avg_sq": 1}),
+        ("share(first=0, second=2, factored=true)", {"exp_avg": 0, "exp_avg_sq": 2}),
+        ("share(first=2, second=3, factored=true)", {"exp_avg": 2, "exp_avg_sq": 3}),
+    ],
+)
+def test_a_second_moment_may_travel_as_its_rows_and_columns(tmp_path: Path, part: str, periods: dict[str, int]) -> None:
+    asked = recipe(part)
+    ours = trained(tmp_path, asked)
+    assert largest_difference(ours, plain_loop(asked, periods, factors=adafactor)) < 1e-8
+    for mutant in (own_factors, rows_alone):
+        assert largest_difference(ours, plain_loop(asked, periods, factors=mutant)) > 1e-6
+    assert largest_difference(ours, plain_loop(asked, periods)) > 1e-6
+    # And one that factors in every round what travels in some.
+    if periods["exp_avg_sq"] > 1:
+        each = {**periods, "exp_avg_sq": 1}
+        assert largest_difference(ours, plain_loop(asked, each, factors=adafactor)) > 1e-6
+
+
 def test_without_it_moments_stay_at_home(tmp_path: Path) -> None:
     asked = recipe()
     assert largest_difference(trained(tmp_path, asked), plain_loop(asked, {})) < 1e-8
@@ -103,6 +155,17 @@ def test_what_it_costs_is_on_the_ledger(tmp_path: Path) -> None:
     assert both_down / plain_down == pytest.approx(3, rel=0.1)
     rare_up, _ = bodies("rare", "share(first=3, second=6)")
     assert rare_up / up == pytest.approx(1 + 1 / 3 + 1 / 6, rel=0.1)
+
+
+def test_factors_are_as_many_values_as_matrices_have_rows_and_columns() -> None:
+    shared = weights(untrained(recipe("share(first=0, factored=true)")))
+    for name, weight in [(name, weight) for name, weight in shared.items() if "/" not in name]:
+        kinds = {key.partition("/")[2]: tuple(of.shape) for key, of in shared.items() if key.startswith(f"{name}/")}
+        if weight.ndim == 2:
+            rows, columns = weight.shape
+            assert kinds == {"exp_avg_sq_rows": (rows,), "exp_avg_sq_columns": (columns,)}
+        else:
+            assert kinds == {"exp_avg_sq_rows": tuple(weight.shape)}
 
 
 def test_with_muon_each_parameter_shares_what_its_own_rule_keeps() -> None:

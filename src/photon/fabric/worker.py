@@ -28,7 +28,7 @@ from photon.model.build import build_model
 from photon.node.base import Bases
 from photon.node.device import WorkerPlan, configure_process
 from photon.node.node import Node, Order, failure_reply
-from photon.node.optimizers import shared_tensors
+from photon.node.shared import shared_tensors
 from photon.node.trainer import Trainer
 from photon.parts.method import Method
 from photon.recipe import load_recipe

@@ -37,8 +37,9 @@ from photon.link.update import (
 )
 from photon.model.build import load_weights, named_weights
 from photon.node.base import Bases, LacksBaseError
-from photon.node.optimizers import import_state, state_views, with_shared_state
+from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
+from photon.node.shared import shared_state, whole, with_shared_state
 from photon.node.state import NodeState, NodeStore
 from photon.node.trainer import LocalRun, Trainer
 from photon.parts.method import Method, is_state
@@ -226,17 +227,14 @@ class Node:
         own = state.optimizer if self._keeps_optimizer else {}
         if self.method.keeps_weights or self.method.shared_state:
             was_there = state.ready_for == task.round
-            taken = set(self.method.taken(_shapes(base), task.round)) if was_there else set(base)
             held = {**own, **state.weights} if was_there else {}
-            start = {
-                name: held[name]
-                if name in held and name not in taken
-                else self.method.start(name, held.get(name, tensor), tensor)
-                for name, tensor in base.items()
-            }
-            load_weights(model, start)
-            shared = {name: tensor for name, tensor in start.items() if is_state(name)}
-            own = with_shared_state(optimizer, model, own, shared, task.sequential_step)
+            taken = set(self.method.taken(_shapes(base), task.round))
+            taken |= {name for name in base if whole(name) not in held}
+            start = {name: self.method.start(name, held.get(name, base[name]), base[name]) for name in taken}
+            load_weights(model, held | start)
+            states = set(filter(is_state, base))
+            came = {name: start[name] for name in states & start.keys()}
+            own = with_shared_state(optimizer, model, own, came, states, task.sequential_step)
         import_state(optimizer, model, own)
         self.trainer.correct = self.method.corrector(model, base)
 
@@ -272,12 +270,8 @@ class Node:
         return encode_update(self.codec, update, state, self.link.up_feedback, seed, limit)
 
     def _state_differences(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = state_views(self.trainer.optimizer, self.trainer.model)
-        return {
-            name: torch.sub(tensor.to(state[name].device), state[name])
-            for name, tensor in base.items()
-            if is_state(name)
-        }
+        own = shared_state(self.trainer.optimizer, self.trainer.model, filter(is_state, base))
+        return {name: torch.sub(base[name].to(tensor.device), tensor) for name, tensor in own.items()}
 
     def _reply(self, task: Task, outcome: _Outcome | None, evaluation: EvaluationReport | None) -> Sealed:
         body: Body = outcome.body if outcome else b""

@@ -7,7 +7,7 @@ everything: what the previous node left behind is either overwritten or dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from photon.config import NodeConfig
 from photon.errors import StateError
 from photon.node.muon import MuonAdamW
-from photon.parts.optimizer import FLOORS, LocalOptimizer
+from photon.parts.optimizer import LocalOptimizer
 
 # Last part of a module's name that marks an output head, for models that do not tell (`get_output_embeddings`).
 _HEAD_NAMES = frozenset({"lm_head", "head", "output_head", "embed_out", "unembedding"})
@@ -110,7 +110,7 @@ def import_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Ma
     unknown = sorted(incoming.keys() - parameters.keys())
     if unknown:
         raise StateError(f"optimizer state for {unknown[0]!r}, which the model does not train: {_BELONGS}")
-    expected = _expected_state(optimizer)
+    expected = expected_state(optimizer)
     for name, state in incoming.items():
         _check(name, parameters[name], state, expected[parameters[name]])
     for name, parameter in parameters.items():
@@ -124,63 +124,6 @@ def import_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Ma
             buffers[key].copy_(value)
 
 
-def shared_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str], device: str = "cpu"
-) -> dict[str, Tensor]:
-    """What a federation shares before its first round: the weights, and the optimizer state of these kinds.
-
-    State begins at its floor (see `with_shared_state`), without one at zero.
-
-    Keyed as in `export_state`; on `device`, of which `meta` gives names and shapes alone. A kind that the optimizer
-    does not keep of a parameter is left out.
-    """
-    expected = _expected_state(optimizer)
-    floors = _floors(optimizer)
-    weights = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
-    state = {
-        f"{name}/{kind}": torch.full(parameter.shape, floors.get(kind, 0.0), dtype=parameter.dtype, device=device)
-        for name, parameter in model.named_parameters()
-        for kind in sorted(expected.get(parameter, frozenset()) & set(kinds))
-    }
-    return weights | state
-
-
-def with_shared_state(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    own: Mapping[str, Tensor],
-    shared: Mapping[str, Tensor],
-    sequential_step: int,
-) -> dict[str, Tensor]:
-    """A node's own state with `shared` in its place: complete for `import_state`, whatever the node had.
-
-    Parameters with shared state count their steps by the sequential step, as every node does; what else they lack is
-    zero. State that a lossy codec has put below its floor is raised to it: a second moment is never negative.
-
-    An optimizer of ours tells its `floors` by kind, and under `copies` which kinds begin each round as a copy of which
-    shared ones (`photon.parts.optimizer`).
-    """
-    state = dict(own)
-    expected, floors = _expected_state(optimizer), _floors(optimizer)
-    copies = optimizer.copies if isinstance(optimizer, LocalOptimizer) else {}
-    for name, parameter in model.named_parameters():
-        if not any(f"{name}/{kind}" in shared for kind in expected.get(parameter, ())):
-            continue
-        for kind in expected[parameter]:
-            key = f"{name}/{kind}"
-            if kind == "step":
-                state[key] = torch.tensor(float(sequential_step))
-            elif (value := shared.get(f"{name}/{(source := copies.get(kind, kind))}")) is not None:
-                state[key] = value.clamp_min(floors[source]) if source in floors else value
-            elif key not in state:
-                state[key] = torch.zeros(parameter.shape, dtype=parameter.dtype)
-    return state
-
-
-def _floors(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
-    return optimizer.floors if isinstance(optimizer, LocalOptimizer) else FLOORS
-
-
 def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -189,7 +132,7 @@ def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return grouped
 
 
-def _expected_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, frozenset[str]]:
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[Tensor, frozenset[str]]:
     """The state names each parameter has after its first step."""
     expected: dict[Tensor, frozenset[str]] = {}
     for group in optimizer.param_groups:

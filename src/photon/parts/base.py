@@ -6,7 +6,8 @@ Aggregator each ask what concerns them, with the same arguments, so they need no
 state: what has to be remembered is a named tensor of the node or the global state, and so is committed and resumed.
 
 **Shared tensors** are the weights and, under `parameter/kind`, the optimizer state that parts share. All of them
-travel, are encoded, checked, merged and committed alike; of the state, the merge is simply the mean.
+travel, are encoded, checked, merged and committed alike; of the state, the merge is simply the mean. A kind may be
+shared by its factors, under `kind_rows` and `kind_columns` (`photon.node.shared`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from photon.config import FederationConfig, Recipe
 
+ROWS, COLUMNS = "_rows", "_columns"
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 

@@ -4,6 +4,9 @@ Every node's moments are replaced by their mean, and go on from there. With `fir
 with periods near 3 and 6, in rounds, DES-LOC (Iacob et al. 2025, arXiv 2505.22549), which sets them by the half-lives
 `ln(0.5) / ln(beta)` of the moments. A moment whose period is 0 stays at its node. All nodes count steps alike (the
 sequential step), so that the bias correction of a shared moment is everywhere the same.
+
+With `factored` a matrix's second moment travels as the means of its rows and columns, and every node goes on with their
+outer product: next to no bytes, and no codec can make it negative by rounding a difference.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ from math import lcm
 
 from photon.config import Recipe
 from photon.errors import ConfigError
-from photon.parts.base import Part, Shapes
+from photon.parts.base import COLUMNS, ROWS, Part, Shapes
 
 _FIRST = ("exp_avg", "momentum_buffer")
 _SECOND = ("exp_avg_sq",)
+_FACTORS = tuple(kind + end for kind in _SECOND for end in (ROWS, COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Share(Part):
 
     first: int = 1
     second: int = 1
+    factored: bool = False
 
     def __post_init__(self) -> None:
         if self.first < 0 or self.second < 0 or not (self.first or self.second):
@@ -40,7 +45,8 @@ class Share(Part):
 
     def shared_state(self) -> frozenset[str]:
         """The kinds whose period is not 0."""
-        return frozenset((*(_FIRST if self.first else ()), *(_SECOND if self.second else ())))
+        second = _FACTORS if self.factored else _SECOND
+        return frozenset((*(_FIRST if self.first else ()), *(second if self.second else ())))
 
     def period(self) -> int:
         """The rounds until both kinds travel in the same round."""
@@ -56,7 +62,7 @@ class Share(Part):
 
     def _period(self, name: str) -> int:
         _, _, kind = name.rpartition("/")
-        return self.first if kind in _FIRST else self.second if kind in _SECOND else 1
+        return self.first if kind in _FIRST else self.second if kind in _SECOND + _FACTORS else 1
 
 
 PART = Share

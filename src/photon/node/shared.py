@@ -1,0 +1,123 @@
+"""Optimizer state that nodes share: what of it travels, and how a node's own state is made of what came.
+
+A kind of state travels as it is, as `parameter/kind`, or by its factors, `parameter/kind_rows` and
+`parameter/kind_columns`: the means of a matrix's rows and of its columns, from which the matrix is rebuilt as their
+outer product over the mean of all. Of a second moment that is what Adafactor keeps (Shazeer and Stern 2018,
+arXiv 1804.04235): as many values as the matrix has rows and columns, never negative, and exact in those means. What is
+no matrix travels whole, as its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from photon.node.optimizers import expected_state, state_views
+from photon.parts.base import COLUMNS, ROWS
+from photon.parts.method import is_state
+from photon.parts.optimizer import FLOORS, LocalOptimizer
+
+
+def shared_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str], device: str = "cpu"
+) -> dict[str, Tensor]:
+    """What a federation shares before its first round: the weights, and the optimizer state of these kinds.
+
+    State begins at its floor (see `with_shared_state`), without one at zero. Keyed as in `export_state`; on `device`,
+    of which `meta` gives names and shapes alone. A kind that the optimizer does not keep of a parameter is left out.
+    """
+    expected, floors = expected_state(optimizer), _floors(optimizer)
+    weights = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
+    state = {
+        f"{name}/{kind}": torch.full(shape, floors.get(of, 0.0), dtype=parameter.dtype, device=device)
+        for name, parameter in model.named_parameters()
+        for of in sorted(expected.get(parameter, frozenset()))
+        for kind, shape in _ways(of, parameter).items()
+        if kind in kinds
+    }
+    return weights | state
+
+
+def shared_state(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The node's own state as it travels under these names of shared tensors: views, or factors made of it."""
+    state = state_views(optimizer, model)
+    return {name: state[name] if name in state else _factor(state[whole(name)], name) for name in names}
+
+
+def whole(name: str) -> str:
+    """Of what a shared tensor is, by name: `parameter/kind` of `parameter/kind_rows`; a weight is of itself."""
+    return name.removesuffix(ROWS).removesuffix(COLUMNS) if is_state(name) else name
+
+
+def with_shared_state(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    own: Mapping[str, Tensor],
+    taken: Mapping[str, Tensor],
+    names: Collection[str],
+    sequential_step: int,
+) -> dict[str, Tensor]:
+    """A node's own state with `taken` in its place: complete for `import_state`, whatever the node had.
+
+    `names` are all shared tensors, be they taken or not: their parameters count steps by the sequential step, as every
+    node does; what else those lack is zero. State that a lossy codec has put below its floor is raised to it: a second
+    moment is never negative.
+
+    An optimizer of ours tells its `floors` by kind, and under `copies` which kinds begin each round as a copy of which
+    shared ones (`photon.parts.optimizer`).
+    """
+    state = dict(own)
+    expected, floors = expected_state(optimizer), _floors(optimizer)
+    copies = optimizer.copies if isinstance(optimizer, LocalOptimizer) else {}
+    sharing = {name.rpartition("/")[0] for name in names}
+    for name, parameter in model.named_parameters():
+        if name not in sharing:
+            continue
+        for kind in expected[parameter]:
+            key, source = f"{name}/{kind}", copies.get(kind, kind)
+            if kind == "step":
+                state[key] = torch.tensor(float(sequential_step))
+            elif (value := _rebuilt(f"{name}/{source}", taken, floors.get(source))) is not None:
+                state[key] = value
+            elif key not in state:
+                state[key] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    return state
+
+
+def _ways(kind: str, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """The kinds of shared tensors that a kind of state may travel as, and their shapes."""
+    if parameter.ndim != 2:
+        return {kind: tuple(parameter.shape), kind + ROWS: tuple(parameter.shape)}
+    rows, columns = parameter.shape
+    return {kind: (rows, columns), kind + ROWS: (rows,), kind + COLUMNS: (columns,)}
+
+
+def _factor(state: Tensor, name: str) -> Tensor:
+    if state.ndim != 2:
+        return state
+    return state.mean(1) if name.endswith(ROWS) else state.mean(0)
+
+
+def _rebuilt(name: str, taken: Mapping[str, Tensor], floor: float | None) -> Tensor | None:
+    """The state of that name, from what was taken of it; None if that is nothing."""
+
+    def at_least(value: Tensor) -> Tensor:
+        return value if floor is None else value.clamp_min(floor)
+
+    if name in taken:
+        return at_least(taken[name])
+    if name + ROWS not in taken:
+        return None
+    rows = at_least(taken[name + ROWS])
+    if name + COLUMNS not in taken:
+        return rows
+    columns = at_least(taken[name + COLUMNS])
+    # The columns over their mean first: the product of two small numbers could be none.
+    mean = columns.mean()
+    return torch.outer(rows, columns / mean) if mean > 0 else torch.zeros(len(rows), len(columns), dtype=rows.dtype)
+
+
+def _floors(optimizer: torch.optim.Optimizer) -> Mapping[str, float]:
+    return optimizer.floors if isinstance(optimizer, LocalOptimizer) else FLOORS

@@ -2,7 +2,9 @@
 
 One fresh process does what `photon aggregator`'s round loop does, over a fabric in the process that answers each task
 from one file, as updates arrive over a network: three rounds with the final score, then another such process resumes
-from what the first committed. Peaks are the kernel's (`VmHWM`), set back before each phase.
+from what the first committed. Peaks are the kernel's (`VmHWM`), set back before each phase. They hold pages of library
+files too, torch's above all, which the kernel shares between processes and drops when memory is short: their least
+(`RssFile`) is told apart.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def main(
             peak = max(found["phases"].values())
             row = {"what": what, "model MB": found["model"], "outer": outer, "nodes": nodes, **found["state"]}
             state = sum(found["state"].values())
-            report.add({**row, "state MB": state, "peak MB": peak, "beyond MB": peak - state, **found["phases"]})
+            beyond = {"beyond MB": peak - state, "of it files": found["files"]}
+            report.add({**row, "state MB": state, "peak MB": peak, **beyond, **found["phases"]})
     report.show("MB; the phases' peaks are of the whole process")
     report.say(f"again: {command()}")
 
@@ -112,12 +115,15 @@ class Peaks:
 
     def __init__(self) -> None:
         self.phases: dict[str, int] = {}
+        self.files: int | None = None  # pages of files, the least after any phase
 
     def end(self, phase: str) -> None:
         """What was needed since the last call belongs to `phase`; of several of that name the highest counts."""
         status = Path("/proc/self/status").read_text(encoding="ascii")
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         self.phases[f"{phase}:"] = max(self.phases.get(f"{phase}:", 0), round(peak / 1e6))
+        files = round(int(status.partition("RssFile:")[2].split()[0]) * 1024 / 1e6)
+        self.files = files if self.files is None else min(self.files, files)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew at what is resident now
 
     def watch(self, owner: object, method: str, phase: str) -> None:
@@ -142,7 +148,7 @@ def recipe_of(megabytes: int, nodes: int, outer: str, vocabulary: int) -> Recipe
     return load_recipe("demo", [
         f"model.layers={round(megabytes / MEGABYTES_PER_LAYER)}", f"model.width={WIDTH}", "model.heads=8",
         f"data.vocab_size={vocabulary}", f"data.sequence_length={LENGTH}", f"silo=[{silos}]",
-        f"federation.outer={outer}", f"federation.rounds={ROUNDS}",
+        f"federation.outer={outer}", f"federation.rounds={ROUNDS}", "federation.parts=[]",
     ])  # fmt: skip
 
 
@@ -189,6 +195,7 @@ def be_the_round_loop(folder: Path, recipe: Recipe) -> None:
         "model": round(weights / 1e6),
         "state": {name: round(size / 1e6) for name, size in parts.items()},
         "phases": peaks.phases,
+        "files": peaks.files,
         "seconds": time.monotonic() - began,
     }
     print(f"{final.model_sha256} after round {final.progress.round}, {found['seconds']:.1f} s", file=sys.stderr)

@@ -81,7 +81,7 @@ def test_reading_an_exact_recipe_does_not_bring_torch(tmp_path: Path) -> None:
     assert found.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize(("way", "stages"), [("up", '["int4"]'), ("down", '["bf16"]'), ("up", '["topk", "zstd"]')])
+@pytest.mark.parametrize(("way", "stages"), [("up", '["int4"]'), ("down", '["bf16"]'), ("up", '["int8", "zstd"]')])
 def test_second_moments_are_not_shared_through_a_lossy_codec(way: str, stages: str) -> None:
     shares = ["node.optimizer=adamw", "federation.parts=share", f"link.{way}={stages}"]
     with pytest.raises(ConfigError, match=rf"link\.{way} is lossy, and federation\.parts share the second moment"):
@@ -89,3 +89,17 @@ def test_second_moments_are_not_shared_through_a_lossy_codec(way: str, stages: s
     assert load_recipe("demo", [*shares, 'link.exact_tensors=["*/*_sq*"]'])
     assert load_recipe("demo", [*shares, "federation.parts=share(second=0)"])
     assert load_recipe("demo", [*shares, f'link.{way}=["zstd"]'])
+
+
+@pytest.mark.parametrize("stages", ['["topk(density=0.1)"]', '["sign", "zstd"]', '["lowrank(rank=2)"]'])
+def test_first_moments_are_not_shared_by_a_few_values_or_by_signs(stages: str) -> None:
+    shares = [f"link.up={stages}", 'link.exact_tensors=["*/*_sq*"]']
+    with pytest.raises(ConfigError, match=r"link\.up picks values or sends signs, .* first moment exp_avg, which"):
+        load_recipe("demo", [*shares, "federation.parts=share"])
+    assert load_recipe("demo", [*shares, 'federation.parts=["share(first=0, factored=true)"]'])
+    assert load_recipe("demo", ["federation.parts=share", f"link.up={stages}", 'link.exact_tensors=["*/*"]'])
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "tiny"])
+def test_every_preset_goes_with_the_demo(preset: str) -> None:
+    assert load_recipe("demo", [f"link={preset}"]).federation.parts

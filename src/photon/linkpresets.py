@@ -55,16 +55,25 @@ def check_codecs(link: LinkConfig) -> None:
 
 
 def check_moments(link: LinkConfig, shared_state: Collection[str]) -> None:
-    """Raises ConfigError if a second moment of the optimizer would be shared through a lossy codec.
+    """Raises ConfigError if moments of the optimizer would be shared through a codec that they do not bear.
 
-    Steps are divided by its root: where rounding takes it to zero, training diverges.
+    Steps are divided by the root of a second moment: where rounding takes it to zero, training diverges. A first moment
+    bears rounding, but not to be told by a few large values or by signs: the demo with `tiny` lost 8 nats at once.
     """
     from photon.link.codec.notation import parse_pipeline
+    from photon.link.codec.sign import Sign
 
     for way, stages in (("up", link.up), ("down", link.down)):
         codec = parse_pipeline(stages, f"link.{way}", link.exact_tensors)
-        for kind in sorted(kind for kind in shared_state if "_sq" in kind):
-            if not codec.of(f"weight/{kind}").is_lossless:
+        for kind in sorted(shared_state):
+            own = codec.of(f"weight/{kind}")
+            if "_sq" not in kind and (own.transforms or isinstance(own.quantiser, Sign)):
+                raise ConfigError(
+                    f"link.{way} picks values or sends signs, and federation.parts share the first moment {kind}, which "
+                    f'does not bear that. Share second moments alone (federation.parts = ["share(first=0, '
+                    'factored=true)"]), or set link.exact_tensors = ["*/*"]'
+                )
+            if "_sq" in kind and not own.is_lossless:
                 raise ConfigError(
                     f"link.{way} is lossy, and federation.parts share the second moment {kind}, by whose root steps "
                     'are divided: training would diverge. Set link.exact_tensors = ["*/*_sq*"], or do not share it'

@@ -62,6 +62,7 @@ PARTS = [
     ["share"],
     ["share(first=2, second=3)"],
     ["share(first=0)", "fedprox"],
+    ["share(first=2, second=3, factored=true)"],
     ["fragments(count=2)"],
     ["fragments(count=3)", "share(first=2, second=0)"],
     ["halves"],
@@ -95,7 +96,7 @@ def ledger(folder: Path, recipe: Recipe) -> Traffic:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("parts", [["share"], ["fedlalr"], ["share(second=0)"]], ids=str)
+@pytest.mark.parametrize("parts", [["share"], ["fedlalr"], ["share(second=0)"], ["share(factored=true)"]], ids=str)
 def test_what_is_shared_is_what_the_run_shares(parts: list[str], optimizer: str) -> None:
     federation: dict[str, Any] = {}
     if parts == ["fedlalr"]:

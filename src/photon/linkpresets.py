@@ -69,8 +69,8 @@ def check_moments(link: LinkConfig, shared_state: Collection[str]) -> None:
             own = codec.of(f"weight/{kind}")
             if "_sq" not in kind and (own.transforms or isinstance(own.quantiser, Sign)):
                 raise ConfigError(
-                    f"link.{way} picks values or sends signs, and federation.parts share the first moment {kind}, which "
-                    f'does not bear that. Share second moments alone (federation.parts = ["share(first=0, '
+                    f"link.{way} picks values or sends signs, and federation.parts share the first moment {kind}, "
+                    f'which does not bear that. Share second moments alone (federation.parts = ["share(first=0, '
                     'factored=true)"]), or set link.exact_tensors = ["*/*"]'
                 )
             if "_sq" in kind and not own.is_lossless:

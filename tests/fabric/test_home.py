@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tests.fabric.gateways import Site, in_thread
@@ -20,7 +21,10 @@ from photon.errors import ConfigError, DataError, PhotonError, WireError
 from photon.fabric.card import MAX_TOKENIZER_BYTES, RunCard, pack_tokenizer, read_card, run_card
 from photon.fabric.home import NodeHome, PreparedRun, prepare_run
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
+from photon.link import boot
+from photon.link.boot import MARKER
 from photon.link.client import LinkRefusedError
+from photon.link.partial import partial_names
 from photon.link.tensors import sha256_hex
 from photon.recipe import load_recipe
 from photon.siteconfig import SiteConfig
@@ -66,6 +70,26 @@ def test_a_damaged_note_is_none_and_the_next_one_mends_it(content: bytes, tmp_pa
 def test_nothing_that_it_keeps_lies_elsewhere(tmp_path: Path) -> None:
     home = NodeHome(tmp_path)
     assert {path.parent for path in (home.lock, home.bases, home.run(RUN).path.parent)} == {tmp_path}
+
+
+def test_the_base_of_the_open_round_is_kept_and_those_of_others_are_not(tmp_path: Path) -> None:
+    home, old, new = NodeHome(tmp_path), sha256_hex(b"old"), sha256_hex(b"new")
+    for path in partial_names(home.open_base(old)):
+        path.touch()
+    home.open_base(old).write_bytes(b"old")
+    assert home.open_base(old).read_bytes() == b"old"
+    assert {path.name for path in home.bases.iterdir()} == {old, f"{old}.partial", f"{old}.progress", MARKER}
+    assert not home.open_base(new).exists()
+    assert {path.name for path in home.bases.iterdir()} == {MARKER}
+
+
+def test_a_base_that_a_power_cut_has_spoilt_is_fetched_again(tmp_path: Path) -> None:
+    home, sha256 = NodeHome(tmp_path), sha256_hex(b"base")
+    home.open_base(sha256).write_bytes(bytes(4))
+    with mock.patch.object(boot, "_is_whole", side_effect=AssertionError("hashed in every round")):
+        assert home.open_base(sha256).exists()
+    with mock.patch.object(boot, "this_boot", return_value="another start"):
+        assert not home.open_base(sha256).exists()
 
 
 # --- preparing a run -------------------------------------------------------------------------------------------------
@@ -187,6 +211,14 @@ def test_a_tokenizer_that_is_too_large_is_not_fetched(made: Made) -> None:
     with pytest.raises(WireError, match=rf"{MAX_TOKENIZER_BYTES + 1} bytes; {MAX_TOKENIZER_BYTES} are allowed"):
         made.prepare(tokenizer_bytes=MAX_TOKENIZER_BYTES + 1)
     assert not list(made.home.path.rglob("tokenizer.blob*"))
+
+
+def test_a_tokenizer_that_a_power_cut_has_spoilt_is_fetched_again(made: Made) -> None:
+    first = made.prepare()
+    (packed,) = made.home.path.rglob("tokenizer.blob")
+    packed.write_bytes(bytes(len(made.blob)))
+    assert made.prepare() == first
+    assert packed.read_bytes() == made.blob
 
 
 def test_a_tokenizer_that_names_a_place_writes_nothing(made: Made) -> None:

@@ -7,12 +7,14 @@ import os
 import time
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from photon.link import boot
 from photon.link.body import FileBody, whole_file
 from photon.link.store import (
     BlobDamagedError,
@@ -137,6 +139,15 @@ def test_a_blob_that_cannot_be_written_is_not_half_there(store: FolderStore, tmp
     with pytest.raises(BlobError, match="cannot be written"):
         store.publish(SHA, FileBody(tmp_path / "nowhere", 5, len(DATA)))
     assert list((store.root / "down").iterdir()) == []
+
+
+def after_a_power_cut(store: FolderStore, *damaged: str) -> FolderStore:
+    """The store as it is opened when the machine runs again; files named `damaged` have their size and nothing else."""
+    for path in store.root.rglob("*"):
+        if path.name in damaged and path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+    with mock.patch.object(boot, "this_boot", return_value="another start"):
+        return FolderStore(store.root)
 
 
 # Up
@@ -306,3 +317,43 @@ def test_what_was_fetched_is_out_of_the_reach_of_its_node(store: FolderStore) ->
     assert bytes(store.fetch("ada", hashlib.sha256(other).hexdigest(), len(DATA)).read(0, len(DATA))) == other
     store.discard("ada")
     assert not list(store.root.rglob(SHA))
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_an_upload_that_a_power_cut_has_spoilt_is_sent_again(store: FolderStore, fetched: bool) -> None:
+    for node in ("ada", "bob"):
+        store.allow(node, len(DATA), in_an_hour())
+    other = bytes(reversed(DATA))
+    send(store, "ada", DATA)
+    send(store, "bob", other)
+    if fetched:
+        for node, data in (("ada", DATA), ("bob", other)):
+            store.fetch(node, sha256(data), len(data))
+    again = after_a_power_cut(store, SHA)
+    with pytest.raises(BlobError, match="has not uploaded"):
+        again.fetch("ada", SHA, len(DATA))
+    assert [part.done for part in again.begin_upload("ada", SHA, len(DATA)).parts] == [0]
+    assert [part.done for part in again.begin_upload("bob", sha256(other), len(DATA)).parts] == [len(DATA)]
+    send(again, "ada", DATA)
+    assert again.fetch("ada", SHA, len(DATA)).path.read_bytes() == DATA
+    assert again.fetch("bob", sha256(other), len(DATA)).path.read_bytes() == other
+
+
+def test_a_process_that_is_started_anew_does_not_hash_what_is_there(store: FolderStore) -> None:
+    store.allow("ada", len(DATA), in_an_hour())
+    send(store, "ada", DATA)
+    with mock.patch.object(boot, "_is_whole", side_effect=AssertionError("hashed")):
+        assert len(FolderStore(store.root).fetch("ada", SHA, len(DATA))) == len(DATA)
+
+
+def test_an_upload_that_was_interrupted_by_a_power_cut_goes_on_or_begins_again(store: FolderStore) -> None:
+    store.allow("ada", len(DATA), in_an_hour())
+    store.begin_upload("ada", SHA, len(DATA))
+    store.incoming("ada", SHA).write(0, 0, DATA[:4000])
+    store.close()
+    again = after_a_power_cut(store, f"{SHA}.partial")  # the progress is ahead of the bytes
+    assert [part.done for part in again.begin_upload("ada", SHA, len(DATA)).parts] == [4000]
+    again.incoming("ada", SHA).write(0, 4000, DATA[4000:])
+    with pytest.raises(BlobDamagedError):
+        again.finish_upload("ada", SHA)
+    send(again, "ada", DATA)

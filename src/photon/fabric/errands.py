@@ -222,11 +222,7 @@ class Errands:
         if job.task.form == "held":
             return b""
         self._show(job, phase="downloading")
-        self._home.bases.mkdir(parents=True, exist_ok=True)
-        wanted = self._home.bases / job.task.body_sha256
-        for old in self._home.bases.iterdir():
-            if not old.name.startswith(wanted.name):
-                old.unlink(missing_ok=True)
+        wanted = self._home.open_base(job.task.body_sha256)
         download(
             self._client,
             job.task.body_sha256,

@@ -20,7 +20,10 @@ from photon.durable import write_atomic
 from photon.errors import WireError
 from photon.fabric.card import MAX_TOKENIZER_BYTES, RunCard, unpack_tokenizer
 from photon.fabric.site import SITE_FILE, SiteFile
+from photon.link.body import whole_file
+from photon.link.boot import MARKER, verify_after_boot
 from photon.link.client import GatewayClient
+from photon.link.tensors import sha256_hex
 from photon.link.transfer import download
 from photon.node.device import WorkerPlan, plan_workers
 from photon.recipe import dump_recipe
@@ -56,6 +59,18 @@ class NodeHome:
     def bases(self) -> Path:
         """Downloaded bases, by sha256."""
         return self.path / "bases"
+
+    def open_base(self, sha256: str) -> Path:
+        """Where the base of this sha256 is, or will be; others are removed. Raises OSError.
+
+        What is there is what its name says: nothing that arrives is synced, so it is hashed once after a power cut.
+        """
+        self.bases.mkdir(parents=True, exist_ok=True)
+        for old in self.bases.iterdir():
+            if not old.name.startswith((sha256, MARKER)):
+                old.unlink(missing_ok=True)
+        verify_after_boot(self.bases, "*")
+        return self.bases / sha256
 
     def run(self, run: str) -> RunFolder:
         """What belongs to one run."""
@@ -135,6 +150,8 @@ def _fetch_tokenizer(card: RunCard, folder: RunFolder, client: GatewayClient) ->
     if card.tokenizer_bytes > MAX_TOKENIZER_BYTES:
         raise WireError(f"a tokenizer of {card.tokenizer_bytes} bytes; {MAX_TOKENIZER_BYTES} are allowed")
     packed = folder.path / "tokenizer.blob"
+    if packed.is_file() and sha256_hex(whole_file(packed)) != card.tokenizer_sha256:
+        packed.unlink()  # nothing that arrives is synced: a power cut may have spoilt it
     download(client, card.tokenizer_sha256, packed, streams=1, deadline_s=_TOKENIZER_DEADLINE_S)
     folder.tokenizer.mkdir(exist_ok=True)
     for file, text in unpack_tokenizer(packed.read_bytes()).items():

@@ -2,8 +2,11 @@
 
 Both ends use it, the gateway for an upload and a node for a download. Bytes are written at their place in
 `NAME.partial`; how far each part has come stands in `NAME.progress`. A receiver that was killed goes on where that
-says, and loses at most `SAVE_EVERY_BYTES`. A power cut may leave the progress ahead of the bytes: then the sha256 of
-the whole, which is always checked, differs, and the file starts anew.
+says, and loses at most `SAVE_EVERY_BYTES`, or what came within `SAVE_EVERY_S` if that is more.
+
+Nothing is synced: what arrives can be fetched again. A power cut may leave the progress ahead of the bytes: then the
+sha256 of the whole, which is always checked, differs, and the file starts anew. It may also spoil a finished file: who
+finds one by its name asks `photon.link.boot` first.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +29,8 @@ from photon.errors import PhotonError
 MIN_PART_BYTES = 32 * 2**20
 MAX_PARTS = 64
 SAVE_EVERY_BYTES = 4 * 2**20
+SAVE_EVERY_S = 0.25  # a fast line brings SAVE_EVERY_BYTES far more often than progress is worth writing down
 _HASH_BURST_BYTES = 8 * 2**20
-_SYNC_EVERY_BYTES = 64 * 2**20
 _PIECE_BYTES = 2**20
 
 
@@ -89,8 +93,11 @@ def replace_file(path: Path, text: str) -> None:
 class PartialFile:
     """The file `target` of `size` bytes with this `sha256`, while it arrives. Parts may be written by many threads.
 
-    The disk holds at most `size` bytes and the memory a constant amount, whatever the size. A thread hashes the filled
-    beginning while the rest arrives. Raises PartialBusyError if somebody else is receiving this file, OSError.
+    The disk holds at most `size` bytes and the memory a constant amount, whatever the size. The filled beginning is
+    hashed while the rest arrives: by whoever writes the next piece of it, straight from memory, and by a thread where
+    it has grown past what was hashed (another part came first, or an earlier process wrote it). `_is_hashing` says that
+    somebody holds the digest: nobody else touches it, or `_hashed`. Raises PartialBusyError if somebody else is
+    receiving this file, OSError.
     """
 
     def __init__(self, target: Path, sha256: str, size: int, bounds: Sequence[tuple[int, int]] | None = None) -> None:
@@ -98,17 +105,14 @@ class PartialFile:
         self.bounds = tuple(part_bounds(size) if bounds is None else bounds)
         self._partial, self._sidecar = partial_names(target)
         self._done = [0] * len(self.bounds)
-        self._unsaved_bytes = 0
+        self._unsaved_bytes, self._saved_at = 0, time.monotonic()
         self._lock = Lock()  # of the fields
         self._writing: set[int] = set()  # parts that a thread is writing; their bytes are not counted yet
-        self._written = Condition(self._lock)
+        self._released = Condition(self._lock)  # told when a part is written, and when the digest is let go
         self._ending = Lock()  # of finish, close and discard; held as long as the rest takes to hash
         self._closed = self._finished = False
-        self._digest, self._hashed = hashlib.sha256(), 0
-        self._hasher: Thread | None = None
-        self._syncer: Thread | None = None
-        self._sync_error: OSError | None = None
-        self._unsynced_bytes = 0
+        self._digest, self._hashed = hashlib.sha256(), 0  # of the first `_hashed` bytes
+        self._is_hashing = False  # somebody holds the digest
         self._file = self._open()
         try:
             self._resume()
@@ -137,46 +141,57 @@ class PartialFile:
 
         `data` is of single bytes. Raises OffsetError, BeyondPartError, PartialError once the file is closed, OSError.
         """
+        view, written = memoryview(data), 0
         with self._lock:
             while part in self._writing:
-                self._written.wait()
+                self._released.wait()
             self._check_open()
             low, high = self.bounds[part]
             if begin != low + self._done[part]:
                 raise OffsetError(
                     f"part {part} goes on at byte {low + self._done[part]}, not at {begin}", self._done[part]
                 )
-            if begin + len(data) > high:
-                raise BeyondPartError(f"part {part} ends at byte {high}, {len(data)} bytes from {begin} reach beyond")
+            if begin + len(view) > high:
+                raise BeyondPartError(f"part {part} ends at byte {high}, {len(view)} bytes from {begin} reach beyond")
             self._writing.add(part)
-        written = 0
         try:
-            while written < len(data):
-                written += os.pwrite(self._file, memoryview(data)[written:], begin + written)
+            while written < len(view):
+                written += os.pwrite(self._file, view[written:], begin + written)
         finally:
-            with self._lock:
-                self._writing.discard(part)
-                self._written.notify_all()
-                self._note(part, written)
+            self._take_in(part, begin, view[:written])
 
-    def _note(self, part: int, written: int) -> None:
-        """Take into account what was written."""
+    def _take_in(self, part: int, begin: int, data: memoryview) -> None:
+        """Take into account what was written, and hash it if it is what comes next."""
+        with self._lock:
+            # That all before it is hashed says that all before it is there.
+            is_next = len(data) > 0 and not self._is_hashing and self._hashed == begin
+            if not is_next:  # counted before the lock is let go: whoever holds the digest then sees that they are there
+                self._count(part, len(data))
+                return
+            self._is_hashing = True
+        self._digest.update(data)
+        with self._lock:
+            self._hashed += len(data)
+            self._is_hashing = False
+            self._count(part, len(data))
+
+    def _count(self, part: int, written: int) -> None:
+        """Let go of a part that was written."""
+        self._writing.discard(part)
+        self._released.notify_all()
         self._done[part] += written
         self._unsaved_bytes += written
-        if self._unsaved_bytes >= SAVE_EVERY_BYTES:
+        if written and not self._is_hashing and self._filled() - self._hashed >= _HASH_BURST_BYTES:
+            Thread(target=self._hash_in_background, name="photon-hash", daemon=True).start()
+            self._is_hashing = True  # only now: a thread that cannot start holds nothing
+        if self._unsaved_bytes >= SAVE_EVERY_BYTES and time.monotonic() - self._saved_at >= SAVE_EVERY_S:
             self._save()
-        self._unsynced_bytes += written
-        if self._unsynced_bytes >= _SYNC_EVERY_BYTES:
-            self._sync_ahead()
-        if written and self._hasher is None and self._filled() - self._hashed >= _HASH_BURST_BYTES:
-            self._hasher = Thread(target=self._hash_ahead, name="photon-hash", daemon=True)
-            self._hasher.start()
 
     def finish(self) -> None:
-        """Check the sha256, sync, and give the file its name; doing it again changes nothing.
+        """Check the sha256 and give the file its name; doing it again changes nothing.
 
-        Raises IncompleteError if bytes are missing. Raises HashMismatchError if they are wrong, and OSError if the disk
-        has lost some: then what came is removed.
+        Raises IncompleteError if bytes are missing, HashMismatchError if they are wrong: then what came is removed.
+        Raises OSError.
         """
         with self._ending:
             if self._finished:
@@ -186,24 +201,17 @@ class PartialFile:
                 missing = self.size - sum(self._done)
                 if missing:
                     raise IncompleteError(f"{missing} of {self.size} bytes of {self.target.name} are missing")
-                self._sync_ahead()  # while the rest is hashed
-            self._join(self._hasher)
+                while self._is_hashing:
+                    self._released.wait()  # bounded: all is there, and the hasher needs no more than to read it
+                self._is_hashing = True
             self._hash_what_is_there()
-            self._join(self._syncer)
             if self._digest.hexdigest() != self.sha256:
                 self._close(save=False)
                 self._remove()
                 raise HashMismatchError(
                     f"{self.target.name} arrived with sha256 {self._digest.hexdigest()}, expected {self.sha256}"
                 )
-            if self._sync_error is None:
-                self._sync(whole=True)
-            if self._sync_error is not None:  # the kernel tells of it once: what came cannot be trusted from now on
-                self._close(save=False)
-                self._remove()
-                raise self._sync_error
             self._partial.replace(self.target)
-            _sync_folder(self.target.parent)
             self._close(save=False)
             self._sidecar.unlink(missing_ok=True)
             self._finished = True
@@ -260,7 +268,7 @@ class PartialFile:
     def _save(self) -> None:
         parts = [[low, high, count] for (low, high), count in zip(self.bounds, self._done, strict=True)]
         replace_file(self._sidecar, json.dumps({"sha256": self.sha256, "bytes": self.size, "parts": parts}))
-        self._unsaved_bytes = 0
+        self._unsaved_bytes, self._saved_at = 0, time.monotonic()
 
     def _filled(self) -> int:
         """Length of the beginning that has no gap."""
@@ -269,52 +277,47 @@ class PartialFile:
                 return low + count
         return self.size
 
-    def _hash_ahead(self) -> None:
+    def _hash_in_background(self) -> None:
         with suppress(PartialError, OSError):  # `finish` hashes from here on, and meets the same error
             self._hash_what_is_there()
 
     def _hash_what_is_there(self) -> None:
-        """Let the digest catch up with the filled beginning; ends as soon as it has, or the file is closed."""
-        buffer = memoryview(bytearray(_PIECE_BYTES))
-        while True:
-            with self._lock:
-                filled = self._filled()
-                if self._closed or self._hashed == filled:
-                    self._hasher = None
-                    return
-            count = os.preadv(self._file, [buffer[: min(_PIECE_BYTES, filled - self._hashed)]], self._hashed)
-            if count == 0:
-                raise PartialError(f"{self._partial} was cut short while it was received")
-            self._digest.update(buffer[:count])
-            self._hashed += count
+        """Let the digest, which the caller holds, catch up with the filled beginning; then let it go.
 
-    def _sync_ahead(self) -> None:
-        """Have the disk write what is here, so that little is left when the last byte is; in a thread of its own."""
-        if self._syncer is None or not self._syncer.is_alive():
-            self._unsynced_bytes = 0
-            self._syncer = Thread(target=self._sync, name="photon-sync", daemon=True)
-            self._syncer.start()
-
-    def _sync(self, whole: bool = False) -> None:
+        Ends as soon as it has, or the file is closed.
+        """
         try:
-            (os.fsync if whole else os.fdatasync)(self._file)
-        except OSError as error:
-            self._sync_error = error
+            buffer = memoryview(bytearray(_PIECE_BYTES))
+            while behind := self._bytes_behind():
+                count = os.preadv(self._file, [buffer[: min(_PIECE_BYTES, behind)]], self._hashed)
+                if count == 0:
+                    raise PartialError(f"{self._partial} was cut short while it was received")
+                self._digest.update(buffer[:count])
+                self._hashed += count
+        except BaseException:
+            with self._lock:
+                self._let_go()
+            raise
 
-    def _join(self, thread: Thread | None) -> None:
-        """Wait for the hasher (for what is filled, or one piece once the file is closed) or syncer (for the disk)."""
-        if thread is not None:
-            thread.join()
+    def _bytes_behind(self) -> int:
+        """How far the digest is behind what is there; at 0 it is let go at once, so that the next piece can take it."""
+        with self._lock:
+            behind = 0 if self._closed else self._filled() - self._hashed
+            if not behind:
+                self._let_go()
+            return behind
+
+    def _let_go(self) -> None:
+        self._is_hashing = False
+        self._released.notify_all()
 
     def _close(self, save: bool) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            while self._writing:
-                self._written.wait()  # bounded: by one write of each part
-        self._join(self._hasher)
-        self._join(self._syncer)
+            while self._writing or self._is_hashing:
+                self._released.wait()  # bounded: by one write of each part, and one piece that is hashed
         try:
             if save and self._unsaved_bytes and os.fstat(self._file).st_nlink:
                 self._save()
@@ -329,11 +332,3 @@ class PartialFile:
 def partial_names(target: Path) -> tuple[Path, Path]:
     """(bytes so far, progress): the two files that stand for `target` while it arrives."""
     return target.with_name(f"{target.name}.partial"), target.with_name(f"{target.name}.progress")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from photon.errors import PhotonError
 from photon.link.body import Body, FileBody, pieces, whole_file
+from photon.link.boot import verify_after_boot
 from photon.link.partial import (
     HashMismatchError,
     IncompleteError,
@@ -166,12 +167,16 @@ class FolderStore:
     node has at most one finished and one unfinished upload, each within its ticket: a newer one takes the place of the
     one before. What was fetched moves to `taken/NODE/SHA256`, where nothing that the node still sends can touch it. So
     the disk is bounded, whatever nodes send, and no node can take away a file that is being read.
+
+    Nothing is synced. Uploads are found by their names, so who opens the folder first after a start of the machine has
+    them hashed; the round loop opens it before the gateway is started.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         for folder in (root, self._down, self._up, self._taken, self._tickets):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        verify_after_boot(root, "up/*/*", "taken/*/*")
         self._lock = Lock()
         self._written: set[str] = set()
         self._incoming: dict[str, PartialFile] = {}

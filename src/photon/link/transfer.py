@@ -36,7 +36,7 @@ from photon.link.store import Location, Part
 __all__ = ["GatewayClient", "LinkDownError", "LinkError", "LinkRefusedError", "download", "upload"]
 
 OnBytes = Callable[[int], None]
-PIECE_BYTES = 2**18
+PIECE_BYTES = 2**19
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _PARTIAL_CONTENT, _CONFLICT, _UNPROCESSABLE = 206, 409, 422
 

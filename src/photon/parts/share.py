@@ -41,7 +41,10 @@ class Share(Part):
         if recipe.node.optimizer_state == "reset" and max(self.first, self.second) > 1:
             raise ConfigError("federation.parts: share with a period above 1 needs node.optimizer_state = keep")
         if recipe.node.optimizer == "sgd" and not (recipe.node.momentum and self.first):
-            raise ConfigError("federation.parts: share has nothing to share: SGD without momentum keeps no state")
+            raise ConfigError(
+                "federation.parts: share has nothing to share: SGD keeps its momentum, if node.momentum is not 0, and "
+                "nothing else"
+            )
 
     def shared_state(self) -> frozenset[str]:
         """The kinds whose period is not 0."""

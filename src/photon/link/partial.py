@@ -259,7 +259,8 @@ class PartialFile:
                 self._done = done
                 return
         self._sidecar.unlink(missing_ok=True)  # before the bytes: progress must never be ahead of them
-        os.ftruncate(self._file, 0)
+        if os.fstat(self._file).st_size:  # of one that is empty not: ext4 would write out all of it when it is closed
+            os.ftruncate(self._file, 0)
 
     def _check_open(self) -> None:
         if self._closed:

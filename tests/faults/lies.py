@@ -214,6 +214,7 @@ def controls(honest_id: Callable[[], int]) -> Lie:
             raw(junk),
             raw(object_of("ArrayRecord", b"[" * 10_000)),
             announced,
+            announced,  # again, so that what is said of it stands for longer than the status takes to be written
             as_another,
         ]
         return hand

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from photon.config import TrackConfig
 from photon.display import PlainDisplay
 from photon.errors import ConfigError, StateError
-from photon.events import Event, NodeProgress, RoundDone, Sampled, parse_event
+from photon.events import Event, NodeProgress, RoundDone, RunStarted, Sampled, parse_event
 from photon.sinks import MlflowSink, TensorBoardSink, WandbSink, scalars
 from photon.track import JsonlSink, Tracker, open_tracker, read_events, truncate_to
 
@@ -294,6 +294,24 @@ def test_tensorboard_reads_back_what_was_written(make_events: MakeEvents, tmp_pa
     expected = [(e.sequential_step, e.train_loss) for e in events if isinstance(e, RoundDone)]
     assert [(p.step, pytest.approx(p.value)) for p in points] == expected
     assert [p.step for p in accumulator.Scalars("heldout_alice/bits_per_byte")] == [0, 16, 32, 48]
+
+
+def test_tensorboard_forgets_what_a_lost_round_wrote_and_no_more(make_events: MakeEvents, tmp_path: Path) -> None:
+    """Rounds times tau is not where a run with a tau of its own for each round stands."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = make_events(rounds=3, tau=16)
+    start = next(event for event in events if isinstance(event, RunStarted))
+    again = start.model_copy(update={"first_round": 2, "first_step": 32, "tau": 4})
+    for batch in (events, [again]):
+        sink = TensorBoardSink(tmp_path)
+        for event in batch:
+            sink.write(event)
+        sink.close()
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert [point.step for point in accumulator.Scalars("train/train_loss")] == [16, 32]
 
 
 class FakeWandb:

@@ -33,6 +33,7 @@ class RunStarted(_Event):
     parameters: int = Field(description="Trained numbers of the model, tied weights once.")
     payload_bytes: int = Field(description="The global model as raw float32.")
     first_round: int = Field(description="0, or the round that is done first after a resume.")
+    first_step: int = Field(0, description="Sequential steps committed before it.")
     device: str = Field(description="torch devices of the workers.")
     workers: int = Field(description="Worker processes.")
     threads: int = Field(description="CPU threads of each worker.")

@@ -280,6 +280,7 @@ def _started(run: Run, state: GlobalState, model: LanguageModel, setting: Settin
         parameters=sum(tensor.numel() for tensor in weights.values()),
         payload_bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
         first_round=state.progress.round,
+        first_step=state.progress.sequential_step,
         device=setting.device,
         workers=setting.workers,
         threads=setting.threads,

@@ -279,28 +279,27 @@ def test_scalars_cover_the_numbers_of_a_round(make_events: MakeEvents) -> None:
     assert scalars(events[0]) == {}
 
 
-def test_tensorboard_reads_back_what_was_written(make_events: MakeEvents, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.fixture
+def tensorboard(tmp_path: Path) -> Any:
+    """What TensorBoard itself makes of the folder, once `Reload` is called."""
+    return pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(tmp_path))
 
+
+def test_tensorboard_reads_back_what_was_written(make_events: MakeEvents, tensorboard: Any, tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     events = make_events(rounds=3, tau=16)
     for event in events:
         sink.write(event)
     sink.close()
-    accumulator = EventAccumulator(str(tmp_path))
-    accumulator.Reload()
-    points = accumulator.Scalars("train/train_loss")
+    tensorboard.Reload()
+    points = tensorboard.Scalars("train/train_loss")
     expected = [(e.sequential_step, e.train_loss) for e in events if isinstance(e, RoundDone)]
     assert [(p.step, pytest.approx(p.value)) for p in points] == expected
-    assert [p.step for p in accumulator.Scalars("heldout_alice/bits_per_byte")] == [0, 16, 32, 48]
+    assert [p.step for p in tensorboard.Scalars("heldout_alice/bits_per_byte")] == [0, 16, 32, 48]
 
 
-def test_tensorboard_forgets_what_a_lost_round_wrote_and_no_more(make_events: MakeEvents, tmp_path: Path) -> None:
+def test_tensorboard_forgets_a_lost_round_alone(make_events: MakeEvents, tensorboard: Any, tmp_path: Path) -> None:
     """Rounds times tau is not where a run with a tau of its own for each round stands."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = make_events(rounds=3, tau=16)
     start = next(event for event in events if isinstance(event, RunStarted))
     again = start.model_copy(update={"first_round": 2, "first_step": 32, "tau": 4})
@@ -309,9 +308,8 @@ def test_tensorboard_forgets_what_a_lost_round_wrote_and_no_more(make_events: Ma
         for event in batch:
             sink.write(event)
         sink.close()
-    accumulator = EventAccumulator(str(tmp_path))
-    accumulator.Reload()
-    assert [point.step for point in accumulator.Scalars("train/train_loss")] == [16, 32]
+    tensorboard.Reload()
+    assert [point.step for point in tensorboard.Scalars("train/train_loss")] == [16, 32]
 
 
 class FakeWandb:

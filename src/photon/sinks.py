@@ -60,8 +60,7 @@ class TensorBoardSink:
         """Scalars as scalars, samples as text."""
         if self._writer is None:
             # After a resume, hide what a lost round had written beyond the committed step.
-            is_resumed = isinstance(event, RunStarted) and event.first_round > 0
-            purge_step = event.first_step + 1 if isinstance(event, RunStarted) and is_resumed else None
+            purge_step = event.first_step + 1 if isinstance(event, RunStarted) and event.first_round else None
             self._writer = self._module.SummaryWriter(log_dir=str(self._folder), purge_step=purge_step)
         if isinstance(event, Evaluated | RoundDone):
             for name, value in scalars(event).items():

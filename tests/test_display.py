@@ -89,6 +89,19 @@ def test_a_score_is_told_once_and_never_as_that_of_a_later_round(make_events: Ma
     assert "(of round 3)" in lines[5]
 
 
+def test_rounds_to_come_are_told_by_steps_where_a_method_changes_tau(make_events: MakeEvents) -> None:
+    start, done = (next(e for e in make_events() if isinstance(e, kind)) for kind in (RunStarted, RoundDone))
+    assert isinstance(start, RunStarted)
+    assert isinstance(done, RoundDone)
+    view = RunView()
+    view.fold(start.model_copy(update={"rounds": 10, "tau": 16}))  # 160 steps
+    told = []
+    for number, step in enumerate((16, 24, 28, 60, 160), start=1):
+        view.fold(done.model_copy(update={"round": number, "sequential_step": step}))
+        told.append(view.rounds_planned)
+    assert told == ["10", "~19", "~36", "~8", "5"]  # with tau as in the latest round: 136 / 8, 132 / 4, 100 / 32 to go
+
+
 @given(
     durations=st.lists(st.floats(0.1, 1e5), min_size=1, max_size=20),
     to_go=st.integers(0, 50),

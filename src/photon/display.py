@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -78,13 +79,31 @@ class RunView:
         return self.start.first_round if self.start is not None else 0
 
     @property
+    def steps_planned(self) -> int:
+        """Sequential steps of the whole run; 1 before it is known."""
+        return self.start.rounds * self.start.tau if self.start is not None else 1
+
+    @property
+    def rounds_planned(self) -> str:
+        """Of the whole run; `~` before it where a method has changed tau: as many as there are if tau stays so now."""
+        if self.start is None:
+            return "?"
+        if self.last is None or self.last.sequential_step == self.last.round * self.start.tau:
+            return str(self.start.rounds)
+        left = max(0, self.steps_planned - self.last.sequential_step)
+        if left == 0:
+            return str(self.last.round)
+        tau = self._latest[-1][1] if self._latest else self.start.tau
+        return f"~{self.last.round + math.ceil(left / max(1, tau))}"
+
+    @property
     def seconds_left(self) -> float | None:
         """Sequential steps to go x wall time of a step in the latest rounds of this session; None before the first."""
         steps = sum(steps for _, steps in self._latest)
         if self.start is None or self.last is None or steps < 1:
             return None
         step_s = sum(seconds for seconds, _ in self._latest) / steps
-        return max(0, self.start.rounds * self.start.tau - self.last.sequential_step) * step_s
+        return max(0, self.steps_planned - self.last.sequential_step) * step_s
 
 
 class PlainDisplay:
@@ -115,8 +134,7 @@ class PlainDisplay:
             elif isinstance(event, Evaluated):
                 # Nodes score the model of one round while they do the next, so that round's line tells it. The first
                 # and the last score stand alone.
-                start = self._view.start
-                is_last = start is not None and event.sequential_step >= start.rounds * start.tau
+                is_last = self._view.start is not None and event.sequential_step >= self._view.steps_planned
                 if event.round == 0 or is_last:
                     self._print(_evaluation_line(event))
                 else:
@@ -156,14 +174,13 @@ class PlainDisplay:
         """Nothing to undo: every line was flushed."""
 
     def _round_line(self, event: RoundDone, heldout: Evaluated | None) -> str:
-        planned = self._view.start.rounds if self._view.start is not None else "?"
         left_s = self._view.seconds_left
         loss = f"loss {event.train_loss:.2f} train"
         if heldout is not None:
             of = "" if heldout.round == event.round else f" (of round {heldout.round})"
             loss += f" {heldout.pooled.loss:.2f} held-out{of}  {heldout.pooled.bits_per_byte:.2f} bpb"
         parts = [
-            f"round {event.round}/{planned}",
+            f"round {event.round}/{self._view.rounds_planned}",
             f"step {event.sequential_step}",
             f"{count(event.tokens)} tokens",
             f"{count(event.tokens_per_second)} tok/s",

@@ -110,8 +110,8 @@ class LiveDisplay:
         return Text(f" Photon  {started_line(start)} " if start is not None else " Photon ", style="bold")
 
     def _clock_row(self) -> Table:
-        start, view = self._view.start, self._view
-        planned = start.rounds if start is not None else 1
+        view = self._view
+        steps = view.last.sequential_step if view.last is not None else view.start.first_step if view.start else 0
         left = "time left: after the first round"
         if view.finish is not None:
             left = "finished"
@@ -122,8 +122,8 @@ class LiveDisplay:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True, justify="right")
         row.add_row(
-            Text(f"round {view.rounds_done}/{planned}", style="bold"),
-            ProgressBar(total=planned, completed=view.rounds_done),
+            Text(f"round {view.rounds_done}/{view.rounds_planned}", style="bold"),
+            ProgressBar(total=view.steps_planned, completed=steps),
             Text(left),
         )
         return row

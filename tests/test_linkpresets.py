@@ -64,6 +64,8 @@ def test_apply_link_leaves_its_argument_alone() -> None:
         (['link.up=["zstd", "int8"]'], r"link\.up: int8 stands behind zstd: a lossless stage comes last"),
         (['link.up=["lowrank", "topk(scope=global)"]'], r"link\.up: topk\(scope=global\) stands behind lowrank"),
         (["link.of=weights"], r"link\.of = weights is for lossy stages"),
+        (['link.up=["sign"]', "link.of=weights", "link.up_feedback=rescale"], r"up_feedback = rescale .* differences"),
+        (["link.up_feedback=more"], r"link\.up_feedback=more: must be a number from 0 to 1 or `rescale`"),
         (["link=small"], r"link=small: must be one of exact, balanced, tiny"),
     ],
 )

@@ -86,7 +86,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
                 "down": st.sampled_from([["int2"], ["lowrank(rank=3)"], "zstd"]),
                 "of": st.just("difference"),
                 "exact_tensors": st.lists(texts, max_size=2),
-                "up_feedback": st.floats(0, 1),
+                "up_feedback": st.one_of(st.floats(0, 1), st.just("rescale")),
                 "down_feedback": st.floats(0, 1),
             },
         ),

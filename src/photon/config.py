@@ -220,11 +220,23 @@ class LinkConfig(Section):
     exact_tensors: list[str] = Field(
         [], description="Patterns such as embed_* of tensors that lossy stages leave alone."
     )
-    up_feedback: Fraction = Field(
-        1.0, description="Share of what lossy stages left out of an update that is added to the node's next one."
+    up_feedback: Fraction | Literal["rescale"] = Field(
+        1.0,
+        description="Share of what lossy stages left out of an update that is added to the node's next one; rescale = "
+        "none, but updates are made longer beforehand, by what stages take of their length.",
     )
-    down_feedback: Fraction = Field(1.0, description="The same for the model on its way to the nodes.")
+    down_feedback: Fraction = Field(1.0, description="As up_feedback, for the model on its way to the nodes.")
     max_update_norm: float | None = Field(None, gt=0, description="A node scales its update down to this L2 norm.")
+
+    @property
+    def up_decay(self) -> float:
+        """The share of what was left out that a node's next update gets."""
+        return 0.0 if self.up_feedback == "rescale" else self.up_feedback
+
+    @property
+    def up_rescales(self) -> bool:
+        """Whether updates are made longer instead."""
+        return self.up_feedback == "rescale"
 
     @field_validator("up", "down", "exact_tensors", mode="before")
     @classmethod

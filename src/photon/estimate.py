@@ -155,7 +155,7 @@ def tokens_per_round(recipe: Recipe) -> int:
 
 def residual_bytes(recipe: Recipe, values: int) -> int:
     """What a node keeps of what a lossy `link.up` left out of so many. Raises ConfigError on an unknown codec."""
-    if not recipe.link.up or not recipe.link.up_feedback:
+    if not recipe.link.up or not recipe.link.up_decay:
         return 0
     return 0 if _is_lossless(recipe.link.up, "link.up") else values * _FLOAT32_BYTES
 

@@ -45,7 +45,13 @@ def apply_link(link: Mapping[str, object]) -> dict[str, object]:
 
 
 def check_codecs(link: LinkConfig) -> None:
-    """Raises ConfigError that names the first stage, or the first parameter of one, that there is not."""
+    """Raises ConfigError that names the first stage, or the first parameter of one, that there is not, or what does not
+    go together."""
+    if link.up_rescales and link.of == "weights":
+        raise ConfigError(
+            "link.up_feedback = rescale makes up for what lossy stages leave out of differences: "
+            "with link.of = weights the model itself would grow"
+        )
     if not link.up and not link.down and link.of == "difference":
         return
     from photon.link.codec.notation import parse_pipeline  # here, because it brings torch: exact recipes need none

@@ -149,10 +149,12 @@ def _rates(recipe: Recipe, sample: Mapping[str, Tensor]) -> tuple[float, float, 
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
     # An update is smaller than the weights and as dense: what lossless stages do to it depends on its values.
     update = {name: torch.randn(tensor.shape, generator=generator).mul_(1e-3) for name, tensor in sample.items()}
-    state = encode_update(up, dict(update), {}, recipe.link.up_feedback, "first").state
+    state = encode_update(up, dict(update), {}, recipe.link.up_decay, "first").state
 
     def encoded(codec: Pipeline) -> bytes:
-        return encode_tensors(encode_update(codec, dict(update), state, recipe.link.up_feedback, "plan").wire)
+        link = recipe.link
+        sent = encode_update(codec, dict(update), state, link.up_decay, "plan", rescale=link.up_rescales)
+        return encode_tensors(sent.wire)
 
     room = {name: tensor.clone() for name, tensor in sample.items()}
     received, sent = encoded(down), encoded(up)

@@ -267,7 +267,9 @@ class Node:
             update = {name: update[name] for name in self.method.exchanged(_shapes(base), round_index)}
         seed = f"{self.seed}/{self.site.name}/{round_index}"
         limit = self.link.max_update_norm if self.link.of == "difference" else None
-        return encode_update(self.codec, update, state, self.link.up_feedback, seed, limit)
+        return encode_update(
+            self.codec, update, state, self.link.up_decay, seed, max_norm=limit, rescale=self.link.up_rescales
+        )
 
     def _state_differences(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
         own = shared_state(self.trainer.optimizer, self.trainer.model, filter(is_state, base))

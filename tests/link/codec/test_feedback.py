@@ -33,7 +33,7 @@ def updates(rounds: int, seed: int) -> list[dict[str, Tensor]]:
 
 def decoded(codec: Pipeline, sent: Sent) -> dict[str, Tensor]:
     return {
-        name: codec.decode(wire, SHAPES[name], torch.float32).tensor.to(torch.float64)
+        name: codec.of(name).decode(wire, SHAPES[name], torch.float32).tensor.to(torch.float64)
         for name, wire in sent.wire.items()
     }
 
@@ -143,3 +143,66 @@ def test_another_codec_leaves_nothing_of_the_last_ones_memory() -> None:
     assert {tensor_of(key) for key in state} == {"w", "b"}
     after = encode_update(parse_pipeline(["int8"]), {"w": update["w"]}, state, 0.0, "1").state
     assert {tensor_of(key) for key in after} == {"b"}
+
+
+ENERGY_TAKERS = [
+    ["sign"],
+    ["int2"],
+    ["topk(density=0.2)", "sign"],
+    ["topk(scope=global, density=0.2)"],
+    ["lowrank(rank=4)"],
+]
+
+
+@pytest.mark.parametrize("chain", ENERGY_TAKERS, ids=" ".join)
+def test_rescaled_what_is_decoded_goes_as_far_along_the_update(chain: list[str]) -> None:
+    codec = parse_pipeline([*chain, "zstd"], exact_tensors=["scalar"])
+    update = updates(1, 5)[0]
+    shares = {}
+    for rescale in (True, False):
+        out = decoded(codec, encode_update(codec, dict(update), {}, 0.0, "s", rescale=rescale))
+        shares[rescale] = {name: float((out[name] * own).sum() / own.square().sum()) for name, own in update.items()}
+        assert torch.equal(out["scalar"].float(), update["scalar"])
+    for name in ("matrix", "vector"):
+        tolerance = (
+            0.1 if "global" in chain[0] else 0.02
+        )  # of all tensors together others are chosen once they are longer
+        assert shares[True][name] == pytest.approx(1.0, abs=tolerance)
+    assert min(shares[False].values()) < 0.95  # the mutant: as it is
+
+
+@pytest.mark.parametrize("chain", [["sign(block=128)"], ["topk(density=0.1, chunk=512)", "sign"]], ids=" ".join)
+def test_what_nodes_have_in_common_comes_through_whole_when_rescaled(chain: list[str]) -> None:
+    """Updates are a small common part and noise of each node's own. The mean over many nodes shows what arrives."""
+    codec, generator = parse_pipeline(chain), torch.Generator().manual_seed(1)
+    common = 0.3 * torch.randn(512, generator=generator)
+    arrived = {}
+    for rescale in (True, False):
+        total = torch.zeros(512)
+        for node in range(600):
+            update = {"w": common + torch.randn(512, generator=generator)}
+            wire = encode_update(codec, update, {}, 0.0, str(node), rescale=rescale).wire["w"]
+            total += codec.decode(wire, (512,), torch.float32).tensor
+        arrived[rescale] = float(total @ common / (600 * common @ common))
+    assert arrived[True] == pytest.approx(1.0, abs=0.08)
+    assert arrived[False] < 0.75  # the mutant: signs of a tenth of the values, or of all, with nothing made up for
+
+
+def test_next_to_nothing_is_not_blown_up() -> None:
+    codec = parse_pipeline(["topk(density=0.002, chunk=1000)"])
+    update = torch.randn(1000, generator=torch.Generator().manual_seed(2))
+    out = codec.decode(
+        encode_update(codec, {"w": update.clone()}, {}, 0.0, "s", rescale=True).wire["w"], (1000,), torch.float32
+    ).tensor
+    assert float(out.abs().max() / update.abs().max()) == pytest.approx(4.0)
+    assert torch.count_nonzero(out) == 2
+    zeros = encode_update(codec, {"w": torch.zeros(1000)}, {}, 0.0, "s", rescale=True)
+    assert torch.count_nonzero(codec.decode(zeros.wire["w"], (1000,), torch.float32).tensor) == 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(LOSSY), st.floats(1e-4, 1.0), st.integers(0, 100))
+def test_rescaled_updates_keep_to_the_limit(chain: list[str], limit: float, seed: int) -> None:
+    codec = parse_pipeline(chain)
+    sent = encode_update(codec, updates(1, seed)[0], {}, 0.0, "s", limit, rescale=True)
+    assert sum(float(tensor.square().sum()) for tensor in decoded(codec, sent).values()) ** 0.5 <= limit * (1 + 1e-5)

@@ -3,13 +3,18 @@
 `input = update + decay * residual`, `residual = input - decoded` (Seide et al. 2014; Karimireddy et al. 2019; a decay
 below 1 as in SparseLoCo, arXiv 2508.15706). With decay 1 nothing is ever lost: the sum of all that was decoded and the
 last residual is the sum of all updates, to rounding.
+
+The other way to lose nothing is `rescale`, for codecs that leave much out. What is decoded is shorter along the update
+than the update, by the energy left out; so each tensor is scaled up beforehand until it is not (the scale of EDEN,
+Vargaftik et al. 2022, arXiv 2108.08842, without its rotation). What is wrong across the update differs from node to
+node and is averaged by the merge, as the noise in updates itself is, and none of it comes back in later rounds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +27,7 @@ from photon.link.codec.pipeline import Encoded, Pipeline
 _RESIDUAL = "residual/"
 _MEMORY = "memory/"
 _MOST_TRIES = 8
+_MOST_RESCALED = 4.0  # of a tensor of which next to nothing is sent the rest is not made up for
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,12 @@ def encode_update(
     decay: float,
     seed: str,
     max_norm: float | None = None,
+    rescale: bool = False,
 ) -> Sent:
     """Encode all tensors of an update, the residual of the last time added, the norm of what will be decoded bounded.
+
+    With `rescale`, which goes with a decay of 0, <update, decoded> is |update|^2 for each tensor: to the rounding of
+    scales, and unless that took more than four times the update.
 
     `update` is emptied on the way: of each tensor only one copy is left. Of tensors that are not in it the state stays
     as it is. `seed` is any text that differs by run, node and round. Raises WireError if a tensor is not finite and the
@@ -55,6 +65,8 @@ def encode_update(
         inputs[name] = update.pop(name).detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
         if decay and (residual := state.get(_RESIDUAL + name)) is not None:
             inputs[name].add_(residual, alpha=decay)
+    if rescale:
+        _rescale(codec, inputs, state, seed)
     _limit(inputs, max_norm)
     sent, norm = _encode(codec, inputs, state, bool(decay), seed)
     tries = 0
@@ -93,8 +105,35 @@ def tensor_seed(seed: str, name: str) -> int:
 def _encode(
     codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], keeps_residual: bool, seed: str
 ) -> tuple[Sent, float]:
-    """All tensors encoded, side by side on as many threads as torch has (stages let go of Python's lock), and the norm
-    of what they decode to."""
+    """All tensors encoded, and the norm of what they decode to."""
+    wire: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    squares = 0.0
+    for name, encoded, decoded in _encoded(codec, inputs, state, seed):
+        wire[name] = encoded.wire
+        kept |= named_memory(encoded.memory, name)
+        squares += float(torch.linalg.vector_norm(decoded, dtype=torch.float64)) ** 2
+        if keeps_residual and not codec.of(name).is_lossless:
+            kept[_RESIDUAL + name] = inputs[name] - decoded
+    return Sent(wire, kept), math.sqrt(squares)
+
+
+def _rescale(codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: str) -> None:
+    """Scale each tensor, in place, to |tensor|^2 / <tensor, decoded>. Scales of 1 and less, and of nothing, are 1."""
+    for name, _, decoded in _encoded(codec, inputs, state, seed):
+        if codec.of(name).is_lossless:
+            continue
+        own = inputs[name].double()
+        along = float((own * decoded).sum())
+        if along > 0:
+            inputs[name].mul_(min(max(1.0, float(own.square().sum()) / along), _MOST_RESCALED))
+
+
+def _encoded(
+    codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: str
+) -> Iterator[tuple[str, Encoded, Tensor]]:
+    """Each tensor's name, encoding, and what that decodes to; side by side on as many threads as torch has (stages let
+    go of Python's lock)."""
     survey = codec.survey(lambda: iter(inputs.items()))
 
     def encode(name: str) -> tuple[Encoded, Tensor]:
@@ -102,17 +141,9 @@ def _encode(
         encoded = own.encode(inputs[name], tensor_seed(seed, name), survey, stage_memory(state, name))
         return encoded, own.decode(encoded.wire, tuple(inputs[name].shape), torch.float32).tensor
 
-    wire: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
-    squares = 0.0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for name, (encoded, decoded) in zip(inputs, threads.map(encode, inputs), strict=True):
-            wire[name] = encoded.wire
-            kept |= named_memory(encoded.memory, name)
-            squares += float(torch.linalg.vector_norm(decoded, dtype=torch.float64)) ** 2
-            if keeps_residual and not codec.of(name).is_lossless:
-                kept[_RESIDUAL + name] = inputs[name] - decoded
-    return Sent(wire, kept), math.sqrt(squares)
+            yield name, encoded, decoded
 
 
 def _limit(tensors: Mapping[str, Tensor], max_norm: float | None) -> None:

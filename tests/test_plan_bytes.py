@@ -6,20 +6,24 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests import support
-from tests.support import CPU, LENGTH, Federation, new_model, tiny_recipe, untrained, weights
+from tests.support import CPU, LENGTH, RUN, Federation, new_model, tiny_recipe, untrained, weights
 
 import photon.parts
 from photon.config import Recipe
+from photon.estimate import node_state_bytes
 from photon.link.ledger import Traffic
+from photon.method import apply_method, load_method, method_names
 from photon.node.optimizers import build_optimizer
 from photon.parts.method import Method
 from photon.plan_bytes import RoundBytes, Turn, round_bytes, run_down_bytes, run_up_bytes
 from photon.plan_sizes import ModelFacts, exchanged_bytes, link_codecs, model_facts, scaled_codecs, stage_bytes
+from photon.recipe import dump_recipe
 
 HALVES = '''"""For a test: in turn the attention's weights, with their state, and all others."""
 
@@ -109,6 +113,28 @@ def test_what_is_shared_is_what_the_run_shares(parts: list[str], optimizer: str)
     given = build_optimizer(new_model(recipe), recipe.node, CPU)
     has_own = Method.of(recipe).optimizer(given) is not given
     assert facts.shared.optimizer_bytes == (12 * facts.parameters if has_own else None)
+
+
+# The baselines have one node, on all text.
+FEDERATED = [name for name in method_names() if load_method(name).settings["federation.outer"] != "none"]
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_a_node_keeps_what_the_plan_says_of_its_method(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "recipe.toml"
+    silos = [{"name": name, "text": ["nowhere"]} for name in ("ada", "bob", "cyd", "dan")]
+    small = recipe_of([], model={"layers": 4}, silo=silos, federation={"rounds": 4, "tau": 12})
+    source.write_text(dump_recipe(small), "utf-8")
+    recipe = apply_method(load_method(name), source)
+    federation = Federation(tmp_path / "run", recipe)
+    end = federation.run().progress.round
+    state = federation.nodes["ada"].site.store.load(RUN, "ada", end)
+    kept = [tensor for part in (state.optimizer, state.link, state.weights) for tensor in part.values()]
+    kept_bytes = sum(4 * tensor.numel() for tensor in kept if tensor.dim())  # an optimizer's count of steps is a scalar
+    facts = model_facts(recipe)
+    norms = sum(prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
+    left_out = 4 * norms if recipe.node.optimizer == "muon" else 0  # the plan says so
+    assert kept_bytes == node_state_bytes(recipe, facts.parameters, facts.shared) + left_out
 
 
 @pytest.mark.parametrize(("up", "down"), LINKS, ids=str)

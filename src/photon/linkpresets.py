@@ -18,10 +18,10 @@ PRESETS: Mapping[str, CodecOptions] = MappingProxyType(
         "balanced": {"up": ["int4(block=128)", "zstd"], "down": ["int4(block=128)", "zstd"], "exact_tensors": _EXACT},
         # One in thirteen of the values, by sign: the bitmap of where they stand packs to less than half a bit a value.
         # In chunks of 4096, so few values would be told by their indices, which do not pack.
-        # Half of what is left out is dropped: what waits for long is of higher learning rates than the end of a run.
+        # What is left out does not come back: it is mostly noise, and waits until learning rates are lower.
         "tiny": {
             "up": ["topk(density=0.075, chunk=65536)", "sign", "zstd"],
-            "up_feedback": 0.5,
+            "up_feedback": "rescale",
             "down": ["int4(block=128)", "zstd"],
             "exact_tensors": _EXACT,
         },

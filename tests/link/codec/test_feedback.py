@@ -206,3 +206,12 @@ def test_rescaled_updates_keep_to_the_limit(chain: list[str], limit: float, seed
     codec = parse_pipeline(chain)
     sent = encode_update(codec, updates(1, seed)[0], {}, 0.0, "s", limit, rescale=True)
     assert sum(float(tensor.square().sum()) for tensor in decoded(codec, sent).values()) ** 0.5 <= limit * (1 + 1e-5)
+
+
+def test_rescaling_bears_the_largest_and_the_smallest_numbers() -> None:
+    codec = parse_pipeline(["sign(block=8)"])
+    for size in (1e30, 1e-30):
+        update = size * torch.tensor([1.0, 2.0, 3.0, 10.0, 1.0, 1.0, 1.0, 1.0])
+        wire = encode_update(codec, {"w": update.clone()}, {}, 0.0, "s", rescale=True).wire["w"]
+        out = codec.decode(wire, (8,), torch.float32).tensor.double() / size
+        assert float(out @ (update.double() / size)) == pytest.approx(118.0, rel=0.01)  # 1 + 4 + 9 + 100 + 4

@@ -27,6 +27,7 @@ from photon.link.codec.pipeline import Encoded, Pipeline
 _RESIDUAL = "residual/"
 _MEMORY = "memory/"
 _MOST_TRIES = 8
+_PIECE_VALUES = 2**18
 _MOST_RESCALED = 4.0  # of a tensor of which next to nothing is sent the rest is not made up for
 
 
@@ -123,10 +124,16 @@ def _rescale(codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, 
     for name, _, decoded in _encoded(codec, inputs, state, seed):
         if codec.of(name).is_lossless:
             continue
-        own = inputs[name].double()
-        along = float((own * decoded).sum())
+        along = _dot(inputs[name], decoded)
         if along > 0:
-            inputs[name].mul_(min(max(1.0, float(own.square().sum()) / along), _MOST_RESCALED))
+            inputs[name].mul_(min(max(1.0, _dot(inputs[name], inputs[name]) / along), _MOST_RESCALED))
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    """In float64, piece by piece: neither large values overflow nor is a tensor copied whole."""
+    one, other = one.view(-1), other.reshape(-1)
+    pieces = (slice(begin, begin + _PIECE_VALUES) for begin in range(0, one.numel(), _PIECE_VALUES))
+    return math.fsum(float(torch.dot(one[piece].double(), other[piece].double())) for piece in pieces)
 
 
 def _encoded(

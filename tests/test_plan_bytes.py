@@ -125,7 +125,7 @@ def test_a_node_keeps_what_the_plan_says_of_its_method(tmp_path: Path, name: str
     silos = [{"name": name, "text": ["nowhere"]} for name in ("ada", "bob", "cyd", "dan")]
     small = recipe_of([], model={"layers": 4}, silo=silos, federation={"rounds": 4, "tau": 12})
     source.write_text(dump_recipe(small), "utf-8")
-    recipe = apply_method(load_method(name), source)
+    recipe = apply_method(load_method(name), source, ["federation.norm_bound=false", "node.lr=1e-3"])
     federation = Federation(tmp_path / "run", recipe)
     end = federation.run().progress.round
     state = federation.nodes["ada"].site.store.load(RUN, "ada", end)

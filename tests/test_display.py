@@ -100,6 +100,9 @@ def test_rounds_to_come_are_told_by_steps_where_a_method_changes_tau(make_events
         view.fold(done.model_copy(update={"round": number, "sequential_step": step}))
         told.append(view.rounds_planned)
     assert told == ["10", "~19", "~36", "~8", "5"]  # with tau as in the latest round: 136 / 8, 132 / 4, 100 / 32 to go
+    resumed = RunView()
+    resumed.fold(start.model_copy(update={"rounds": 10, "tau": 16, "first_round": 3, "first_step": 28}))
+    assert (resumed.steps_done, resumed.rounds_planned) == (28, "~12")  # 132 / 16 more
 
 
 @given(

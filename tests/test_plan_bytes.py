@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ FEDERATED = [name for name in method_names() if load_method(name).settings["fede
 @pytest.mark.parametrize("name", FEDERATED)
 def test_a_node_keeps_what_the_plan_says_of_its_method(tmp_path: Path, name: str) -> None:
     source = tmp_path / "recipe.toml"
-    silos = [{"name": name, "text": ["nowhere"]} for name in ("ada", "bob", "cyd", "dan")]
+    silos = [{"name": owner, "text": ["nowhere"]} for owner in ("ada", "bob", "cyd", "dan")]
     small = recipe_of([], model={"layers": 4}, silo=silos, federation={"rounds": 4, "tau": 12})
     source.write_text(dump_recipe(small), "utf-8")
     recipe = apply_method(load_method(name), source, ["federation.norm_bound=false", "node.lr=1e-3"])
@@ -132,7 +131,7 @@ def test_a_node_keeps_what_the_plan_says_of_its_method(tmp_path: Path, name: str
     kept = [tensor for part in (state.optimizer, state.link, state.weights) for tensor in part.values()]
     kept_bytes = sum(4 * tensor.numel() for tensor in kept if tensor.dim())  # an optimizer's count of steps is a scalar
     facts = model_facts(recipe)
-    norms = sum(prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
+    norms = sum(math.prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
     left_out = 4 * norms if recipe.node.optimizer == "muon" else 0  # the plan says so
     assert kept_bytes == node_state_bytes(recipe, facts.parameters, facts.shared) + left_out
 

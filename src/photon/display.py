@@ -84,17 +84,28 @@ class RunView:
         return self.start.rounds * self.start.tau if self.start is not None else 1
 
     @property
+    def steps_done(self) -> int:
+        """Sequential steps of the rounds committed."""
+        if self.last is not None:
+            return self.last.sequential_step
+        return self.start.first_step if self.start is not None else 0
+
+    @property
+    def steps_left(self) -> int:
+        """Sequential steps to go."""
+        return max(0, self.steps_planned - self.steps_done)
+
+    @property
     def rounds_planned(self) -> str:
         """Of the whole run; `~` before it where a method has changed tau: as many as there are if tau stays so now."""
         if self.start is None:
             return "?"
-        if self.last is None or self.last.sequential_step == self.last.round * self.start.tau:
+        if self.steps_done == self.rounds_done * self.start.tau:
             return str(self.start.rounds)
-        left = max(0, self.steps_planned - self.last.sequential_step)
-        if left == 0:
-            return str(self.last.round)
+        if not self.steps_left:
+            return str(self.rounds_done)
         tau = self._latest[-1][1] if self._latest else self.start.tau
-        return f"~{self.last.round + math.ceil(left / max(1, tau))}"
+        return f"~{self.rounds_done + math.ceil(self.steps_left / max(1, tau))}"
 
     @property
     def seconds_left(self) -> float | None:
@@ -103,7 +114,7 @@ class RunView:
         if self.start is None or self.last is None or steps < 1:
             return None
         step_s = sum(seconds for seconds, _ in self._latest) / steps
-        return max(0, self.steps_planned - self.last.sequential_step) * step_s
+        return self.steps_left * step_s
 
 
 class PlainDisplay:

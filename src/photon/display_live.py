@@ -111,7 +111,6 @@ class LiveDisplay:
 
     def _clock_row(self) -> Table:
         view = self._view
-        steps = view.last.sequential_step if view.last is not None else view.start.first_step if view.start else 0
         left = "time left: after the first round"
         if view.finish is not None:
             left = "finished"
@@ -123,7 +122,7 @@ class LiveDisplay:
         row.add_column(no_wrap=True, justify="right")
         row.add_row(
             Text(f"round {view.rounds_done}/{view.rounds_planned}", style="bold"),
-            ProgressBar(total=view.steps_planned, completed=steps),
+            ProgressBar(total=view.steps_planned, completed=view.steps_done),
             Text(left),
         )
         return row

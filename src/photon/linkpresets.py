@@ -18,7 +18,7 @@ PRESETS: Mapping[str, CodecOptions] = MappingProxyType(
         "balanced": {"up": ["int4(block=128)", "zstd"], "down": ["int4(block=128)", "zstd"], "exact_tensors": _EXACT},
         # One in thirteen of the values, by sign: the bitmap of where they stand packs to less than half a bit a value.
         # In chunks of 4096, so few values would be told by their indices, which do not pack.
-        # What is left out does not come back: it is mostly noise, and waits until learning rates are lower.
+        # What is left out does not come back: it is mostly noise, and would come when learning rates are lower.
         "tiny": {
             "up": ["topk(density=0.075, chunk=65536)", "sign", "zstd"],
             "up_feedback": "rescale",

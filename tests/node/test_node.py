@@ -207,6 +207,20 @@ def test_what_the_codec_left_out_is_committed_with_the_state_and_sent_in_the_nex
         assert encode_tensors(handed_in(node, asked)[1]) == encode_tensors(wire)
 
 
+def test_updates_are_made_longer_where_nothing_comes_back(tmp_path: Path) -> None:
+    _, exact, _ = handed_in(one_node(tmp_path / "exact"), task())
+    along = {}
+    for feedback in ("rescale", 0.0):  # the mutant: dropped, and not made up for
+        node = one_node(tmp_path / str(feedback), link={"up": ["sign"], "up_feedback": feedback})
+        _, wire, _ = handed_in(node, task())
+        codec = parse_pipeline(["sign"])
+        found = {n: codec.decode(wire[n], tuple(t.shape), torch.float32).tensor for n, t in exact.items()}
+        along[feedback] = [float((found[n] * t).sum() / t.square().sum()) for n, t in exact.items()]
+        assert node.site.store.load(RUN, "ada", 1).link == {}
+    assert along["rescale"] == pytest.approx([1.0] * len(exact), abs=0.01)
+    assert max(along[0.0]) < 0.9
+
+
 @pytest.mark.parametrize(("up", "feedback"), [([], 1.0), (["zstd"], 1.0), (["int4"], 0.0)])
 def test_where_nothing_is_left_out_or_wanted_again_nothing_is_kept(
     up: list[str], feedback: float, tmp_path: Path

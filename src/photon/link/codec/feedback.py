@@ -120,13 +120,12 @@ def _encode(
 
 
 def _rescale(codec: Pipeline, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: str) -> None:
-    """Scale each tensor, in place, to |tensor|^2 / <tensor, decoded>. Scales of 1 and less, and of nothing, are 1."""
-    for name, _, decoded in _encoded(codec, inputs, state, seed):
-        if codec.of(name).is_lossless:
-            continue
-        along = _dot(inputs[name], decoded)
+    """Scale each tensor that loses something, in place, by |tensor|^2 / <tensor, decoded>, but never down."""
+    lossy = {name: tensor for name, tensor in inputs.items() if not codec.of(name).is_lossless}
+    for name, _, decoded in _encoded(codec, lossy, state, seed):
+        along = _dot(lossy[name], decoded)
         if along > 0:
-            inputs[name].mul_(min(max(1.0, _dot(inputs[name], inputs[name]) / along), _MOST_RESCALED))
+            lossy[name].mul_(min(max(1.0, _dot(lossy[name], lossy[name]) / along), _MOST_RESCALED))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

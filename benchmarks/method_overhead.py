@@ -1,0 +1,181 @@
+"""What a method costs the local fabric beyond FedAvg at equal work: CPU time of a local step, all told.
+
+The method is laid over the same recipe with the same inner optimizer, so that training is the same work for both. Each
+method runs beside a FedAvg of its own, round by round in turn: while one makes its round the other waits, so that
+whatever slows this machine down slows both. The first turn warms up and is not counted. A step's CPU time is that of
+the Aggregator and its workers, divided by the local steps of that turn; the ratio is taken turn by turn.
+
+What shared state must move is allowed for: the part of FedAvg's step that is not training, times the bytes that the
+method moves more of. A method that begins a round with an inner optimizer of its own, or corrects gradients, pays for
+that here too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import typer
+
+from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Quiet, Report, Row, Spread, builtin_text, pin
+from photon.config import Recipe
+from photon.events import Event, RoundDone
+from photon.method import apply_method, load_method, method_names
+from photon.run import train
+from photon.runfolder import RunFolder
+
+FEDAVG = "fedavg"
+# These train with one node, or with steps that are other work: nothing to compare.
+_OTHERS = frozenset({"per-step", "central-small"})
+_TURN_S = 600.0  # far more than any takes: a run that died would otherwise be waited for without end
+
+
+def main(
+    methods: Annotated[list[str] | None, typer.Option("--method", help="Repeatable; default all.")] = None,
+    turns: Annotated[int, typer.Option(help="Measured turns of each.", min=1)] = 10,
+    option: Annotated[list[str] | None, typer.Option(help="Change the demo: section.key=value; repeatable.")] = None,
+    data_dir: DataDir = DATA_DIR,
+    out: Out = RESULTS,
+) -> None:
+    """CPU time of a step over FedAvg's, method by method; `--method fedavg` tells the noise."""
+    pin()
+    report = Report("method_overhead", out)
+    builtin_text(data_dir)
+    chosen = methods or [name for name in method_names() if name not in _OTHERS]
+    overrides = [
+        f"data.dir={json.dumps(data_dir)}",
+        f"federation.rounds={turns + 1}",
+        "node.optimizer=adamw",
+        "node.total_steps=100000",  # the learning rate plays no part
+        "evaluation.every=1000000",
+        "evaluation.sample_tokens=0",
+        *(option or []),
+    ]
+    for name in chosen:
+        pair = [apply_method(load_method(each), "demo", overrides) for each in (FEDAVG, name)]
+        report.add(row(name, *measure(pair)))
+    report.show("CPU time of a local step over FedAvg's, median [quartiles] of the turns")
+
+
+class Turns:
+    """Lets the run go on that has made the fewest steps, and no other."""
+
+    def __init__(self, runs: int) -> None:
+        self._changed = threading.Condition()
+        self._steps = [0.0] * runs
+        self._next = 0
+
+    def wait(self, run: int) -> None:
+        """Until it is the turn of `run`. Raises TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._next == run, _TURN_S):
+                raise TimeoutError(f"run {self._next} did not end its turn in {_TURN_S:.0f} s")
+
+    def end(self, run: int, steps: float) -> bool:
+        """The run has made `steps` in all (infinity: it is over). Whether another one's turn comes now."""
+        with self._changed:
+            self._steps[run] = steps
+            self._next = self._steps.index(min(self._steps))
+            self._changed.notify_all()
+            return self._next != run
+
+
+@dataclass
+class Turn:
+    """What the rounds of a turn cost: CPU seconds in all, of these in training; local steps, and bytes both ways."""
+
+    cpu_s: float = 0.0
+    training_s: float = 0.0
+    steps: int = 0
+    link_bytes: int = 0
+
+    @property
+    def cpu_s_per_step(self) -> float:
+        return self.cpu_s / self.steps
+
+
+class Watch(Quiet):
+    """Ends the run's turn when a round has brought it to the front, and keeps what each turn has cost."""
+
+    def __init__(self, turns: Turns, run: int) -> None:
+        super().__init__()
+        self.done: list[Turn] = []
+        self._turns, self._run = turns, run
+        self._steps = 0
+        self._turn, self._began_s = Turn(), _cpu_seconds()
+
+    def write(self, event: Event) -> None:
+        """At the end of a round all its work is done, but the commit, which the next one's time has."""
+        super().write(event)
+        if not isinstance(event, RoundDone):
+            return
+        nodes = event.nodes.values()
+        self._turn.steps += sum(node.steps for node in nodes)
+        self._turn.training_s += sum(node.seconds for node in nodes)
+        self._turn.link_bytes += event.round_bytes_up + event.round_bytes_down
+        self._steps += sum(node.steps for node in nodes)
+        ended_s = _cpu_seconds()
+        if self._turns.end(self._run, self._steps):
+            self._turn.cpu_s = ended_s - self._began_s
+            self.done.append(self._turn)
+            self._turns.wait(self._run)
+            self._turn, self._began_s = Turn(), _cpu_seconds()
+
+
+def _cpu_seconds() -> float:
+    """Of this process and all its workers: all that ran since an earlier reading was the run whose turn it is."""
+    children = psutil.Process().children()
+    return time.process_time() + float(sum(sum(child.cpu_times()[:2]) for child in children))
+
+
+def measure(recipes: Sequence[Recipe]) -> list[list[Turn]]:
+    """The turns of each, all in one process, after the first."""
+    turns = Turns(len(recipes))
+    with ThreadPoolExecutor(len(recipes)) as pool:
+        return [turn[1:] for turn in pool.map(lambda run: _run(recipes[run], turns, run), range(len(recipes)))]
+
+
+def _run(recipe: Recipe, turns: Turns, run: int) -> list[Turn]:
+    try:
+        turns.wait(run)
+        with tempfile.TemporaryDirectory(prefix="photon-benchmark-") as temporary:
+            train(recipe, RunFolder(Path(temporary)), watch := Watch(turns, run))
+        return watch.done
+    finally:
+        turns.end(run, math.inf)
+
+
+def row(name: str, fedavg: list[Turn], ours: list[Turn]) -> Row:
+    """A method beside the FedAvg that it took turns with."""
+    both = min(len(fedavg), len(ours))
+    ratio = Spread.of_ratio([t.cpu_s_per_step for t in ours[:both]], [t.cpu_s_per_step for t in fedavg[:both]])
+    moved = _link_bytes_per_step(ours) / _link_bytes_per_step(fedavg)
+    allowed = max(0.0, moved - 1) * median(1 - turn.training_s / turn.cpu_s for turn in fedavg)
+    return {
+        "method": name,
+        "step / FedAvg's": str(ratio),
+        "bytes of a step / FedAvg's": moved,
+        "allowed for bytes": allowed,
+        "beyond that": ratio.median - 1 - allowed,
+        "ms a step": 1e3 * median(turn.cpu_s_per_step for turn in ours),
+        "of these training": 1e3 * median(turn.training_s / turn.steps for turn in ours),
+        "turns": both,
+    }
+
+
+def _link_bytes_per_step(turns: list[Turn]) -> float:
+    return sum(turn.link_bytes for turn in turns) / sum(turn.steps for turn in turns)
+
+
+if __name__ == "__main__":
+    typer.run(main)

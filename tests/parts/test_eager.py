@@ -1,4 +1,4 @@
-"""Eager updates against the paper's algorithm in float64: each worker has torch's SGD, and steps along its own mixture."""
+"""Eager updates against the paper's algorithm in float64: each worker has an outer optimizer of its own, from torch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def differences(one: Model, other: Model) -> Model:
 
 @contextmanager
 def watched() -> Iterator[Seen]:
-    """Everything that nodes train meanwhile, with one trainer each (`watched_federation`)."""
+    """Everything that nodes train meanwhile."""
     seen, train = Seen(), Trainer.train
 
     def watching(self: Trainer, stream: Any, position: int, size: int, tau: int, step: int, on_step: Any) -> LocalRun:
@@ -289,7 +289,7 @@ def test_a_crash_at_any_step_leaves_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parts", list(itertools.permutations(["eager", "eager(own=false)", ""], 2)), ids=str)
 def test_a_run_that_gets_or_loses_the_part_loses_no_update(tmp_path: Path, parts: tuple[str, str]) -> None:
-    """What is held is applied with the next step; without it or at its own node's first round the base is the start."""
+    """What is held is applied with the next step; a node that remembers nothing begins from the base."""
     before, after = (recipe(*filter(None, [part])) for part in parts)
     with watched() as seen:
         rounds_of(tmp_path, before, 2, dtype=torch.float64)
@@ -299,10 +299,8 @@ def test_a_run_that_gets_or_loses_the_part_loses_no_update(tmp_path: Path, parts
     assert largest_difference(ours, all_applied(after, merged)) < 1e-12
     base = weights(federation.store.load(None, 2))
     assert largest_difference(seen.starts["ada", 2], base) == 0
-    assert (
-        largest_difference(weights(federation.store.load(None, 3)), all_applied(after, merged[: 3 - bool(parts[1])]))
-        < 1e-12
-    )
+    then, held = weights(federation.store.load(None, 3)), bool(parts[1])
+    assert largest_difference(then, all_applied(after, merged[: 3 - held])) < 1e-12
 
 
 def test_a_run_that_is_made_longer_takes_nothing_ahead_of_what_was_applied(tmp_path: Path) -> None:
@@ -335,7 +333,8 @@ def test_an_outer_optimizer_that_is_not_linear_is_refused(outer: str) -> None:
 
 
 def test_local_weights_are_refused() -> None:
-    with pytest.raises(ConfigError, match="link.of = difference"):
+    """The Aggregator would take updates from the base, not from where nodes began."""
+    with pytest.raises(ConfigError, match="sends all weights each time"):
         Method.of(recipe("eager", link={"of": "weights", "up": ["svd"], "down": ["svd"]}))
 
 

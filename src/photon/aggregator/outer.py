@@ -75,7 +75,7 @@ class OuterOptimizer:
         """How the next step is taken, and which tensors it moves; at first, as the recipe says, all of them.
 
         With `averages` the weights become the plain mean; the rule's state is what it would be had the rule moved them.
-        With `holds_back` the pseudo-gradient is kept for the step after the next.
+        With `holds_back` the pseudo-gradient is not stepped along, but kept for the step after this one.
         """
         self._rule = _rule(federation)
         self._averages, self._holds_back = averages, holds_back
@@ -84,8 +84,8 @@ class OuterOptimizer:
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
         """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
 
-        A pseudo-gradient that was held back is stepped along first, also if this one is not (together they count as one
-        step). What is held takes 4 bytes a parameter, from one step to the next the same.
+        What was held back is stepped along first, by the same rule; if the new one is not held back too, the two count
+        as one step. What is held takes 4 bytes a parameter, and the new takes the place of the old.
 
         Optimizer state that is shared becomes the mean of the nodes'. Raises ValueError unless it has every name once
         that is to be moved, KeyError on a name that the model lacks: the model is spoilt then. The norms are those of

@@ -124,8 +124,8 @@ class Aggregator:
             self.tracker.write(self._evaluated(merged.tally))
         nodes_s = time.monotonic() - began - assembly_s - merged.merge_s
 
-        # 3. The outer optimizer descends along the merged pseudo-gradient, or that of the round before. What nodes can rebuild of the result, from
-        #    what the downlink sends them, is the next base.
+        # 3. The outer optimizer descends along the merged pseudo-gradient, of some methods along that of the round
+        #    before. What nodes can rebuild of the result, from what the downlink sends them, is the next base.
         stepping, folding_s = time.monotonic(), merged.merge_s
         stepped = self.outer.step(merged.pseudo_gradient)
         stepping += merged.merge_s - folding_s  # a merge of gathered updates is made while it is read

@@ -109,8 +109,8 @@ class _Outcome:
 
 @dataclass(frozen=True)
 class _Start:
-    """What local training began from, and for the next round what the node remembers (`Part.remembers`), less its
-    update, which `keeps_update` says is to come."""
+    """What local training began from, and what of it the node will remember (`Part.remembers`): `remembered`, and if
+    `keeps_update` its update."""
 
     weights: Mapping[str, Tensor]
     remembered: Mapping[str, Tensor] = field(default_factory=dict)
@@ -207,7 +207,7 @@ class Node:
             {name: weight.to("cpu", copy=True) for name, weight in weights.items()} if self.method.keeps_weights else {}
         )
         update = self._update(start.weights, base, task.round)
-        start = replace(start, weights={})  # nor is this, while there are two of the update
+        start = replace(start, weights={})  # nor this, while there are two of the update
         if start.keeps_update:
             own |= {**start.remembered, **self._own_update(update)}
         sent = self._encode(update, state.link, task.round)
@@ -259,15 +259,17 @@ class Node:
 
     @torch.no_grad()
     def _ahead(self, task: Task, base: dict[str, Tensor], was: Mapping[str, Tensor]) -> _Start:
-        """Where parts say so, weights other than the base's, by what the node remembers of the round before."""
+        """Where parts say so, weights ahead of the base's, by what the node remembers of the round before (`was`)."""
+        if not self.method.goes_ahead:
+            return _Start(base)
         steps = self.federation.sequential_steps
-        moment = Moment(task.round, task.sequential_step, steps, tau=task.tau)  # of agreement a node knows nothing
+        moment = Moment(task.round, task.sequential_step, steps, tau=task.tau)  # a node knows of no agreement
         federation = self.method.federation(self.federation, moment)
         kinds = self.method.remembers(federation)
         keeps_update = bool(kinds) and task.sequential_step + federation.tau < steps  # else it is applied at once
         if not kinds or not all(_remembered(name, UPDATE) in was for name in base):
             return _Start(base, {}, keeps_update)
-        start, remembered = {}, {}
+        start, remembered = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in base.items():
             found = {kind: was.get(_remembered(name, kind)) for kind in kinds}
             own = {kind: torch.zeros_like(tensor) if t is None else t.clone() for kind, t in found.items()}

@@ -6,16 +6,16 @@ own update, delta_m: it begins round t + 1 from
 
     base - 1/K * step,    step = lr (delta_m + mu V),  V = delta_m + mu V of the round before     (Nesterov)
 
-that is, the outer optimizer's step along delta_m alone, with a velocity of the node's own, in the share that its update
-has of the mean of K; momentum steps by lr V, fedavg by lr delta_m. When the merge comes, that share is in it: the next
-start is made of the next base and the next step, and what was taken ahead is gone by itself. A node's update is measured
-from where it began.
+which is the outer optimizer's step along delta_m alone, with a velocity of the node's own, in the share that its update
+has of a mean of K; momentum steps by lr V, fedavg by lr delta_m. When the merge comes, that share is in it: the next
+start is made of the next base and the next step, so what was taken ahead is gone by itself. A node's update is measured
+from where it began, not from the base.
 
 In the paper each worker has an outer optimizer, which steps along `(delta_m^t - delta_m^(t-1)) / M + delta^(t-1)` from
-where it is. These optimizers are linear in what they are given, so the sum of their steps is the sum of those along
-delta^0 ... delta^(t-1), which is the same at all workers and is the base here, and of 1/M of those along the differences
-of delta_m, of which the step along delta_m^t alone is left. With schedules of the outer rate or momentum the two differ:
-here what was taken ahead is taken back whole, and each merge is stepped along once, by what holds in the round after.
+where it is. These optimizers are linear in what they are given. So the sum of a worker's steps is that of the steps
+along delta^0 ... delta^(t-1), the same at all workers, which leads to the base; and 1/M of the steps along differences
+of delta_m, of which the one along delta_m^t is left. With a schedule of the outer rate or momentum the two differ: the
+options of round t + 1 are those of both steps along round t, so that here all that was taken ahead is taken back.
 
 With `own=false` a node begins from the base: the outer step is late, and nothing makes up for it (the paper's delayed
 outer gradients, which it finds to be worse).
@@ -24,17 +24,17 @@ In the run's last round nothing is left to hide behind: it takes both steps, so 
 that what is evaluated is the base, which lacks the newest round's updates.
 
 This is the arithmetic of hiding communication, for finding out what it costs in loss. The wall clock does not hide it:
-our rounds do not overlap, a round still ends when its replies are merged.
+our rounds do not overlap, a round still ends when its replies are merged, and the next begins when its base is there.
 
-What a node takes ahead is its update as trained, not as the codec of `link.up` leaves it: the paper's workers have
-theirs exactly, what the codec leaves out now comes later by error feedback, and that noise is for the mean to reduce. To
-`link.max_update_norm` it is scaled down, as what is merged: that limit is there so that one bad round cannot go far.
-The share is 1/K also where updates weigh by tokens or fewer than K come: a node does not know of the others. One that
-was not in the round before begins from the base, its velocity dropped; one whose update was refused or lost went ahead
-by what never comes, and is back a round later.
+A node takes its update ahead as trained, not as the codec of `link.up` leaves it: so do the paper's workers, error
+feedback sends later what was left out now, and what a codec distorts is for the mean to even out. It is scaled down to
+`link.max_update_norm`, as what is merged is: one bad round shall not go far. The share is 1/K also where updates weigh
+by tokens or fewer than K come, for a node does not know the others. One that was not in the round before begins from
+the base, and its velocity is dropped. One whose update was refused or lost went ahead by what never comes; a round
+later that is gone, but for what its velocity has of it.
 
-A resumed run may have lost the part or got it. Without it, what is still held back is applied with the next step, before
-it, and nodes begin from the base. With it, the first round moves nothing.
+A recipe may be changed between two rounds. Where the part is taken out, what is still held back is applied before the
+next step, and nodes begin from the base. Where it is put in, the first round moves nothing.
 """
 
 from __future__ import annotations
@@ -59,16 +59,11 @@ class Eager(Part):
     own: bool = True
 
     def check(self, recipe: Recipe) -> None:
-        """The outer optimizer is linear, and updates are differences."""
+        """The outer optimizer is linear."""
         if recipe.federation.outer not in _LINEAR:
             raise ConfigError(
                 f"federation.parts: eager needs federation.outer = {', '.join(_LINEAR[:-1])} or {_LINEAR[-1]}, "
                 f"not {recipe.federation.outer}: a node's own share of a step is known only where steps add up"
-            )
-        if recipe.link.of == "weights":
-            raise ConfigError(
-                "federation.parts: eager needs link.of = difference: a node's update is measured from where it began, "
-                "which the Aggregator does not know"
             )
 
     def holds_back(self) -> bool:

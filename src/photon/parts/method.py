@@ -95,9 +95,10 @@ class Method:
                 "federation.parts: optimizer state that is not exchanged in every round needs "
                 "node.optimizer_state = keep"
             )
-        if (self.is_partial or self.shared_state) and recipe.link.of == "weights":
+        if (self.is_partial or self.shared_state or self.goes_ahead) and recipe.link.of == "weights":
             raise ConfigError(
-                "link.of = weights sends all weights each time: it does not go with these federation.parts"
+                "link.of = weights sends all weights each time, to be compared with the base: it does not go with "
+                "these federation.parts"
             )
         for part in self.parts:
             part.check(recipe)
@@ -105,13 +106,13 @@ class Method:
     def _check_held_back(self) -> None:
         averages = any(changes(part, "averages") for part in self.parts)
         partial = self.is_partial or self.keeps_weights or self.shared_state
-        if self.holds_back and (partial or self.late_rounds or averages):
+        if (self.holds_back or self.goes_ahead) and (partial or self.late_rounds or averages):
             raise ConfigError(
-                "federation.parts: what is applied a round later are outer steps along updates of whole models, which "
-                "begin at the base, come in time and have no optimizer state: eager goes with no part that changes one "
-                "of these"
+                "federation.parts: where outer steps are taken a round later, every round exchanges all weights and no "
+                "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
+                "with no part that changes one of these"
             )
-        if self.merged and any(changes(part, "ahead") for part in self.parts):
+        if self.merged and self.goes_ahead:
             raise ConfigError(
                 "federation.parts: a node's own share of a merge is known only if that is the mean: eager goes with no "
                 "part that merges in another way"
@@ -164,6 +165,11 @@ class Method:
     def remembers(self, federation: FederationConfig) -> list[str]:
         """Kinds of tensors that a node has from one round for the start of the next."""
         return [kind for part in self.parts for kind in part.remembers(federation)]
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether there is a part by which nodes may begin ahead of the base."""
+        return any(changes(part, "ahead") for part in self.parts)
 
     def ahead(self, base: Tensor, remembered: Mapping[str, Tensor], federation: FederationConfig, nodes: int) -> Tensor:
         """What a node that remembers begins with in the place of a weight."""

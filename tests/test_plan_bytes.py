@@ -68,6 +68,7 @@ PARTS = [
     ["share(first=2, second=3, factored=true)"],
     ["fragments(count=2)"],
     ["fragments(count=3)", "share(first=2, second=0)"],
+    ["eager"],
     ["halves"],
     ["halves(moments=true)"],
 ]

@@ -260,6 +260,7 @@ def rounds_of(folder: Path, asked: Recipe, count: int, **options: Any) -> None:
 LINKS: list[dict[str, Any]] = [
     {"up": ["zstd"], "down": ["zstd"]},
     {"up": ["int4(block=32)"], "down": ["int4(block=32)", "zstd"]},
+    {"up": ["lowrank(rank=1)", "int8"], "down": ["lowrank(rank=1)", "int8"], "down_feedback": 0.5, "up_feedback": 0.5},
     {"up": ["topk(scope=global)"], "down": ["topk(density=0.2)", "int4(rounding=stochastic)"], "down_feedback": 0.0},
 ]
 

@@ -122,6 +122,18 @@ def test_what_is_shared_beside_the_weights_is_in_base_update_and_merge() -> None
     assert one_buffer.optimizer_bytes == 12000
 
 
+@pytest.mark.parametrize(("outer", "remembered"), [("fedavg", 4), ("momentum", 8), ("nesterov", 8)])
+def test_what_is_held_back_and_what_a_node_remembers_of_its_round(outer: str, remembered: int) -> None:
+    def estimate(*parts: str) -> tuple[int, int, int]:
+        overrides = [f"federation.outer={outer}", f"federation.parts={','.join(parts)}"] if parts else []
+        found = memory_estimate(recipe(f"federation.outer={outer}", *overrides), 1000)
+        return found.update_bytes, found.disk_bytes, found.aggregator_bytes
+
+    update, disk, aggregator = estimate()
+    assert estimate("eager") == (update + 1000 * remembered, disk + 1000 * remembered, aggregator + 4000)
+    assert estimate("eager(own=false)") == (update, disk, aggregator + 4000)
+
+
 def test_what_parts_keep_at_a_node() -> None:
     def estimate(*overrides: str) -> tuple[int, int, int]:
         found = memory_estimate(recipe(*overrides), 1000)

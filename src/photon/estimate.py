@@ -82,6 +82,9 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
     node, on its disk, in the Aggregator's model), of what a round exchanges the update, the reply and the merge. A node
     takes the differences of shared state on its device, where activations were. A part that corrects gradients needs
     the base there (4); one by which nodes keep weights of their own, a copy of them beside the update and on disk (4).
+    What a node remembers of a round for the start of the next is on disk (4 for each kind of it), and in memory while
+    it works: in the place of the update it remembers there are first the weights that it began from. A pseudo-gradient
+    that is held back for a round is in the Aggregator's memory (4), beside the merge that follows it.
     Where a round exchanges only some tensors, the base is on disk, and the message that tells it in the Aggregator's
     memory, in the place of the last reply, until it is committed.
     """
@@ -91,7 +94,6 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
     activations_bytes = _activations_bytes(recipe)
     differences_bytes = (shared.values - parameters) * _FLOAT32_BYTES
     base_there_bytes = parameters * _FLOAT32_BYTES if _corrects(method) and recipe.node.device != "cpu" else 0
-    own_weights_bytes = parameters * _FLOAT32_BYTES if method is not None and method.keeps_weights else 0
     has_message = recipe.link.fabric == "local" or (method is not None and method.is_partial)
     merge_bytes = 0 if method is not None and method.merged else _ACCUMULATOR_BYTES
     aggregator_bytes = shared.values * _FLOAT32_BYTES + shared.most_exchanged * merge_bytes
@@ -101,12 +103,12 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
         optimizer_bytes=optimizer_bytes(recipe, parameters, shared),
         activations_bytes=activations_bytes,
         method_bytes=base_there_bytes + max(0, differences_bytes - activations_bytes),
-        update_bytes=shared.values * _FLOAT32_BYTES + exchanged_bytes + own_weights_bytes,
+        update_bytes=shared.values * _FLOAT32_BYTES + exchanged_bytes + _own_bytes(recipe, parameters),
         codec_bytes=residual_bytes(recipe, shared.values) + residual_bytes(recipe, shared.most_exchanged),
         disk_bytes=node_state_bytes(recipe, parameters, shared)
         + (shared.values * _FLOAT32_BYTES if _keeps_base(recipe, method) else 0),
         aggregator_bytes=aggregator_bytes
-        + parameters * _OUTER_STATE_BYTES[recipe.federation.outer]
+        + outer_state_bytes(recipe, parameters)
         + (exchanged_bytes if has_message else 0),
     )
 
@@ -162,11 +164,25 @@ def residual_bytes(recipe: Recipe, values: int) -> int:
 
 def node_state_bytes(recipe: Recipe, parameters: int, shared: Shared | None = None) -> int:
     """What a node reads from its own disk as a round begins, and writes as it ends: what its codec left out, its
-    optimizer's state if that is kept, and weights of its own where parts say so."""
-    method, values = _method(recipe), shared.values if shared else parameters
+    optimizer's state if that is kept, and where parts say so weights of its own, or what it remembers of the round.
+
+    After the run's last round it remembers nothing.
+    """
     kept = optimizer_bytes(recipe, parameters, shared) if recipe.node.optimizer_state == "keep" else 0
-    own_weights = parameters * _FLOAT32_BYTES if method is not None and method.keeps_weights else 0
-    return kept + own_weights + residual_bytes(recipe, values)
+    return kept + _own_bytes(recipe, parameters) + residual_bytes(recipe, shared.values if shared else parameters)
+
+
+def outer_state_bytes(recipe: Recipe, parameters: int) -> int:
+    """The state of the outer optimizer, and what is held back for its next step."""
+    held = _FLOAT32_BYTES if (method := _method(recipe)) is not None and method.holds_back else 0
+    return parameters * (_OUTER_STATE_BYTES[recipe.federation.outer] + held)
+
+
+def _own_bytes(recipe: Recipe, parameters: int) -> int:
+    """Weights of a node's own, and what it remembers of a round, where parts say so."""
+    if (method := _method(recipe)) is None:
+        return 0
+    return parameters * _FLOAT32_BYTES * (method.keeps_weights + len(method.remembers(recipe.federation)))
 
 
 def _keeps_base(recipe: Recipe, method: Method | None) -> bool:

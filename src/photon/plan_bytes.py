@@ -47,6 +47,7 @@ class LinkCodecs:
     whole: SizedCodec
     sends_differences: bool  # down: what changed since the base that the node holds
     down_is_lossy: bool = False
+    holds_back: bool = False  # the first of several rounds leaves the base as it is
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class RoundBytes:
     up_is_exact: bool = True
     sends_differences: bool = False
     down_is_lossy: bool = False
+    holds_back: bool = False
     turns: tuple[Turn, ...] = ()
     shared: Shared | None = None
 
@@ -126,6 +128,7 @@ def round_bytes(shapes: Mapping[str, Shape], codecs: LinkCodecs, turns: Sequence
         up_is_exact=all(up.is_exact for up in ups),
         sends_differences=codecs.sends_differences,
         down_is_lossy=codecs.down_is_lossy,
+        holds_back=codecs.holds_back,
         turns=tuple(sizes) if len(sizes) > 1 else (),
     )
 
@@ -136,8 +139,8 @@ def run_down_bytes(recipe: Recipe, node_bytes: RoundBytes, rounds: int | None = 
     A round sends to its K nodes, one that scores to every owner, and after the last the finished model is scored. Who
     drops out gets nothing. The untrained model travels whole and exact, or, where differences travel, not at all:
     everybody makes it from the seed. A difference needs the base before; a node that had no task in the round before
-    gets the whole model. With K of P nodes sampled, or with drop-outs, that is a matter of chance, and this the mean
-    over the draws.
+    gets the whole model. Where merges are held back for a round, the first moves nothing that could be told. With K of
+    P nodes sampled, or with drop-outs, that is a matter of chance, and this the mean over the draws.
     """
     rounds = rounds or recipe.federation.rounds
     nodes, owners = expected_nodes(recipe), len(recipe.silo)
@@ -151,6 +154,7 @@ def run_down_bytes(recipe: Recipe, node_bytes: RoundBytes, rounds: int | None = 
         else:
             size = node_bytes.turn(index - 1).down_bytes
             if node_bytes.sends_differences:
+                size = 0.0 if index == 1 < rounds and node_bytes.holds_back else size
                 size = share_that_holds * size + (1 - share_that_holds) * node_bytes.whole_bytes
         total += tasks * size
         share_that_holds = tasks / owners

@@ -151,13 +151,14 @@ def link_codecs(recipe: Recipe) -> LinkCodecs:
     from photon.link.codec.pipeline import EXACT
     from photon.parts.method import Method
 
-    down = parse_pipeline(recipe.link.down, "link.down", recipe.link.exact_tensors)
+    down, method = parse_pipeline(recipe.link.down, "link.down", recipe.link.exact_tensors), Method.of(recipe)
     return LinkCodecs(
         up=parse_pipeline(recipe.link.up, "link.up", recipe.link.exact_tensors),
         down=down,
         whole=EXACT,
-        sends_differences=Method.of(recipe).is_partial or (recipe.link.of == "difference" and not down.is_lossless),
+        sends_differences=method.is_partial or (recipe.link.of == "difference" and not down.is_lossless),
         down_is_lossy=not down.is_lossless,
+        holds_back=method.holds_back,
     )
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from photon.estimate import expected_nodes, node_state_bytes
+from photon.estimate import expected_nodes, node_state_bytes, outer_state_bytes
 from photon.plan_bytes import FLOAT32_BYTES, LinkCodecs, RoundBytes, Shape, round_bytes
 from photon.plan_exchange import LinkSpeed, Topology, collective_s, merge_s, star_bits_per_s, transfer_s
 
@@ -163,8 +163,7 @@ def predict_round(
     phases["outer"] = shared_bytes / machine.outer_bytes_per_s + shared_bytes / machine.disk_bytes_per_s
     keeps_exact = node_bytes.down_is_lossy and bool(recipe.link.down_feedback)
     apart = shared_bytes * keeps_exact + node_bytes.down_bytes if node_bytes.sends_differences else 0
-    outer_bytes = parameters * FLOAT32_BYTES * _outer_buffers(recipe)
-    phases["commit"] = (outer_bytes + apart) / machine.disk_bytes_per_s
+    phases["commit"] = (outer_state_bytes(recipe, parameters) + apart) / machine.disk_bytes_per_s
     return RoundPrediction(phases, node_bytes)
 
 
@@ -239,8 +238,3 @@ def _slowest_down_bytes(recipe: Recipe, node_bytes: RoundBytes) -> float:
     federation = recipe.federation
     misses = federation.dropout > 0 or (recipe.nodes_per_round < len(recipe.silo) and recipe.evaluation.every > 1)
     return node_bytes.whole_bytes if node_bytes.sends_differences and misses else node_bytes.down_bytes
-
-
-def _outer_buffers(recipe: Recipe) -> int:
-    """Model-sized buffers of the outer optimizer."""
-    return {"momentum": 1, "nesterov": 1, "adam": 2, "yogi": 2}.get(recipe.federation.outer, 0)

@@ -201,6 +201,58 @@ def test_state_committed_and_restored_continues_bit_for_bit(name: str) -> None:
     assert name == "fedavg" or not torch.equal(forgetful.weights()["w"], whole[-1])
 
 
+@pytest.mark.parametrize("name", ["fedavg", "momentum", "nesterov"])
+def test_what_is_held_back_is_stepped_along_with_the_step_after(name: str) -> None:
+    """Also after a commit; the last step takes both. `w` is of more than one piece, the norm that of both steps."""
+    gradients = [{"w": large(seed)} for seed in range(1, 5)]
+    at_once, late = (OuterOptimizer({"w": large(0)}.items(), federation(name)) for _ in range(2))
+    for index, gradient in enumerate(gradients):
+        before = late.weights()["w"].clone()
+        late.follow(federation(name), ["w"], holds_back=index < 3)
+        stepped = late.step([("w", gradient["w"].clone())])
+        assert stepped.gradient_norm == pytest.approx(float(gradient["w"].double().norm()))
+        assert stepped.moved_norm == pytest.approx(float((before - late.weights()["w"]).double().norm()))
+        if index:
+            at_once.step(gradients[index - 1].items())
+        if index < 3:
+            assert torch.equal(bits(late.weights()["w"]), bits(at_once.weights()["w"]))
+            restored = OuterOptimizer(late.weights().items(), federation(name))
+            restored.import_state(late.export_state())
+            late = restored
+    assert not torch.equal(late.weights()["w"], at_once.weights()["w"])
+    at_once.step(gradients[-1].items())
+    assert torch.equal(bits(late.weights()["w"]), bits(at_once.weights()["w"]))
+    assert "w/held" not in late.export_state()
+
+
+def test_what_is_held_back_takes_one_copy_whatever_it_came_in() -> None:
+    optimizer = OuterOptimizer({"w": large(0)}.items(), federation("nesterov"))
+    optimizer.follow(federation("nesterov"), ["w"], holds_back=True)
+    places = set()
+    for seed in range(1, 4):
+        sums = torch.empty(2 * large(seed).numel())  # as a merge makes it: in the place of sums of 64 bits
+        optimizer.step([("w", sums[: large(seed).numel()].copy_(large(seed)))])
+        held = optimizer.export_state()["w/held"]
+        assert torch.equal(bits(held), bits(large(seed)))
+        assert held.untyped_storage().nbytes() == 4 * held.numel()
+        places.add(held.data_ptr())
+    assert len(places) == 1
+
+
+def test_what_is_held_back_is_applied_by_whatever_optimizer_comes_next() -> None:
+    before = OuterOptimizer(start().items(), federation("nesterov"))
+    before.follow(federation("nesterov"), start(), holds_back=True)
+    first, second = pseudo_gradients()[:2]
+    before.step(first.items())
+    after = OuterOptimizer(before.weights().items(), federation("fedavg"))
+    after.import_state(before.export_state())
+    after.step(second.items())
+    expected = start()["w"] - 0.7 * first["w"] - 0.7 * second["w"]
+    assert (after.weights()["w"] - expected).abs().max() < 1e-15
+    with pytest.raises(StateError, match="does not fit"):
+        after.import_state({"w/held": torch.zeros(3)})
+
+
 def test_fedavg_uses_the_configured_learning_rate() -> None:
     """The paper's code hard-codes 1.0."""
     optimizer = OuterOptimizer({"w": torch.ones(1)}.items(), federation("fedavg", outer_lr=0.25))

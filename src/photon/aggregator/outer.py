@@ -22,6 +22,7 @@ from photon.parts.method import is_state
 
 _CHUNK_ELEMENTS = 2**16  # bounds the temporaries of a step to 512 KiB each, which a CPU's cache holds
 _STEP = "step"
+_HELD = "held"
 
 State = Mapping[str, Tensor]
 # Moves a flat piece of the weights, and of the state that belongs to it, along the same piece of the gradient.
@@ -60,24 +61,31 @@ class OuterOptimizer:
         self._weights = {name: _copy(tensor) for name, tensor in weights}
         self._rule = _rule(federation)
         self._names = frozenset(self._weights)
-        self._averages = False
+        self._averages = self._holds_back = False
+        self._held: dict[str, Tensor] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
 
     def weights(self) -> dict[str, Tensor]:
         """The global model; these tensors are what `step` moves."""
         return dict(self._weights)
 
-    def follow(self, federation: FederationConfig, names: Iterable[str], averages: bool = False) -> None:
+    def follow(
+        self, federation: FederationConfig, names: Iterable[str], averages: bool = False, holds_back: bool = False
+    ) -> None:
         """How the next step is taken, and which tensors it moves; at first, as the recipe says, all of them.
 
         With `averages` the weights become the plain mean; the rule's state is what it would be had the rule moved them.
+        With `holds_back` the pseudo-gradient is not stepped along, but kept for the step after this one.
         """
         self._rule = _rule(federation)
-        self._averages = averages
+        self._averages, self._holds_back = averages, holds_back
         self._names = frozenset(names)
 
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
         """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
+
+        What was held back is stepped along first, by the same rule; if the new one is not held back too, the two count
+        as one step. What is held takes 4 bytes a parameter, and the new takes the place of the old.
 
         Optimizer state that is shared becomes the mean of the nodes'. Raises ValueError unless it has every name once
         that is to be moved, KeyError on a name that the model lacks: the model is spoilt then. The norms are those of
@@ -91,40 +99,55 @@ class OuterOptimizer:
             if is_state(name):
                 _descend(1.0, weight, flat, {})
                 continue
-            state = self._state_of(name)
+            state, held = self._state_of(name), self._held.pop(name, None)
+            if self._holds_back:  # not the gradient itself: it lies in the place of its sums, which is twice as long
+                self._held[name] = torch.empty_like(self._weights[name]) if held is None else held
             for begin in range(0, weight.numel(), _CHUNK_ELEMENTS):
                 piece = slice(begin, begin + _CHUNK_ELEMENTS)
                 part, before = flat[piece], weight[piece].clone()
                 kept = {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
-                if self._averages:
-                    self._rule.move(weight[piece].clone(), part, kept)
-                    _descend(1.0, weight[piece], part, {})
+                if held is not None:
+                    self._move(weight[piece], held.view(-1)[piece], kept)
+                if self._holds_back:
+                    self._held[name].view(-1)[piece] = part
                 else:
-                    self._rule.move(weight[piece], part, kept)
+                    self._move(weight[piece], part, kept)
                 gradient_squares += squares_of(part)
                 moved_squares += squares_of(before.sub_(weight[piece]))
         if sorted(seen) != sorted(self._names):
             raise ValueError("the pseudo-gradient does not have every tensor once that is to be moved")
         return Stepped(math.sqrt(gradient_squares), math.sqrt(moved_squares))
 
+    def _move(self, weight: Tensor, gradient: Tensor, state: State) -> None:
+        """One step of a piece of a weight."""
+        if self._averages:
+            self._rule.move(weight.clone(), gradient, state)
+            _descend(1.0, weight, gradient, {})
+        else:
+            self._rule.move(weight, gradient, state)
+
     def export_state(self) -> dict[str, Tensor]:
         """Optimizer state as named tensors, `parameter/state`: they lie where they are, and `step` moves them."""
-        return {f"{name}/{kind}": value for name, state in self._state.items() for kind, value in state.items()}
+        state = {f"{name}/{kind}": value for name, kept in self._state.items() for kind, value in kept.items()}
+        return state | {f"{name}/{_HELD}": value for name, value in self._held.items()}
 
     def import_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace all optimizer state by a copy of what `export_state` gave.
 
-        State that this optimizer does not keep is left out: the recipe's `outer` may have changed since. Raises
-        StateError on unknown names, wrong shapes, and state that is there in part.
+        State that this optimizer does not keep is left out: the recipe's `outer` may have changed since. What is held
+        back is applied by any. Raises StateError on unknown names, wrong shapes, and state that is there in part.
         """
         self._state.clear()
+        self._held.clear()
         for key, value in state.items():
             name, _, kind = key.rpartition("/")
             weight = self._weights.get(name)
             expected = torch.Size() if weight is None or kind == _STEP else weight.shape
             if weight is None or value.shape != expected:
                 raise StateError(f"outer optimizer state {key!r} does not fit the model")
-            if kind in self._rule.kinds:
+            if kind == _HELD:
+                self._held[name] = _copy(value)
+            elif kind in self._rule.kinds:
                 self._state.setdefault(name, {})[kind] = _copy(value)
         for name, kept in self._state.items():
             if missing := sorted(self._rule.kinds - kept.keys()):

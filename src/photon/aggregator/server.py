@@ -104,7 +104,8 @@ class Aggregator:
         self.exchanged = self.method.exchanged(self._shapes, progress.round)
         is_last = progress.sequential_step + self.federation.tau >= steps
         self.late.begin(progress.round, 0 if is_last else self.method.late_rounds)
-        self.outer.follow(self.federation, self.exchanged, self.method.averages(moment))
+        holds_back = self.method.holds_back and not is_last
+        self.outer.follow(self.federation, self.exchanged, self.method.averages(moment), holds_back)
 
     def _round(self) -> None:
         began = time.monotonic()
@@ -123,8 +124,8 @@ class Aggregator:
             self.tracker.write(self._evaluated(merged.tally))
         nodes_s = time.monotonic() - began - assembly_s - merged.merge_s
 
-        # 3. The outer optimizer descends along the merged pseudo-gradient. What nodes can rebuild of the result, from
-        #    what the downlink sends them, is the next base.
+        # 3. The outer optimizer descends along the merged pseudo-gradient, of some methods along that of the round
+        #    before. What nodes can rebuild of the result, from what the downlink sends them, is the next base.
         stepping, folding_s = time.monotonic(), merged.merge_s
         stepped = self.outer.step(merged.pseudo_gradient)
         stepping += merged.merge_s - folding_s  # a merge of gathered updates is made while it is read

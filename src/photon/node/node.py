@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from photon.data.stream import Stream
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
 from photon.link.body import Body
-from photon.link.codec.feedback import Sent, encode_update
+from photon.link.codec.feedback import Sent, encode_update, limit_norm
 from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
 from photon.link.update import (
@@ -42,7 +42,8 @@ from photon.node.replies import ReplyStore
 from photon.node.shared import shared_state, whole, with_shared_state
 from photon.node.state import NodeState, NodeStore
 from photon.node.trainer import LocalRun, Trainer
-from photon.parts.method import Method, is_state
+from photon.parts.base import UPDATE, Moment
+from photon.parts.method import STATE_MARK, Method, is_state
 from photon.stopwatch import Stopwatch
 
 Order = Literal["go", "hand in", "drop"]
@@ -106,6 +107,16 @@ class _Outcome:
     body_sha256: str
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What local training began from, and what of it the node will remember (`Part.remembers`): `remembered`, and if
+    `keeps_update` its update."""
+
+    weights: Mapping[str, Tensor]
+    remembered: Mapping[str, Tensor] = field(default_factory=dict)
+    keeps_update: bool = False
+
+
 class Node:
     """One owner's training site. Virtual nodes of one device share `trainer`; nothing else is shared.
 
@@ -126,7 +137,7 @@ class Node:
         self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
         self.seed = recipe.seed  # not the run: the same recipe gives the same model each time
         self.codec = parse_pipeline(self.link.up, "link.up", self.link.exact_tensors)
-        self.method = Method.of(recipe)
+        self.method, self.federation, self.nodes = Method.of(recipe), recipe.federation, recipe.nodes_per_round
 
     def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
         """Answer a serialised task. Raises WireError if it is not one for this node and run."""
@@ -174,7 +185,7 @@ class Node:
         # The Aggregator may have gone back to an earlier round: states of a later one belong to what was undone.
         self.site.store.set_aside(task.round + 1)
         state = self.site.store.load(self.run, self.site.name, task.round)
-        self._start(task, base, state)
+        start = self._start(task, base, state)
         state = replace(state, optimizer={}, weights={})  # read from disk: a second copy, not to be kept while training
         watch.end("receive")
 
@@ -195,7 +206,11 @@ class Node:
         own = (
             {name: weight.to("cpu", copy=True) for name, weight in weights.items()} if self.method.keeps_weights else {}
         )
-        sent = self._encode(base, state.link, task.round)
+        update = self._update(start.weights, base, task.round)
+        start = replace(start, weights={})  # nor this, while there are two of the update
+        if start.keeps_update:
+            own |= {**start.remembered, **self._own_update(update)}
+        sent = self._encode(update, state.link, task.round)
         watch.end("encode")
         after = replace(
             state,
@@ -218,15 +233,15 @@ class Node:
     def _keeps_optimizer(self) -> bool:
         return self.config.optimizer_state == "keep"
 
-    def _start(self, task: Task, base: dict[str, Tensor], state: NodeState) -> None:
+    def _start(self, task: Task, base: dict[str, Tensor], state: NodeState) -> _Start:
         """Make model and optimizer what local training starts from: of the base, and where parts say so the node's own.
 
         The base is in the model already. A node that was not in the round before takes all of the base.
         """
         model, optimizer = self.trainer.model, self.trainer.optimizer
         own = state.optimizer if self._keeps_optimizer else {}
+        was_there = state.ready_for == task.round
         if self.method.keeps_weights or self.method.shared_state:
-            was_there = state.ready_for == task.round
             held = {**own, **state.weights} if was_there else {}
             taken = set(self.method.taken(_shapes(base), task.round))
             taken |= {name for name in base if whole(name) not in held}
@@ -235,8 +250,38 @@ class Node:
             states = set(filter(is_state, base))
             came = {name: start[name] for name in states & start.keys()}
             own = with_shared_state(optimizer, model, own, came, states, task.sequential_step)
+        begun = self._ahead(task, base, state.weights if was_there else {})
+        if begun.weights is not base:
+            load_weights(model, begun.weights)
         import_state(optimizer, model, own)
-        self.trainer.correct = self.method.corrector(model, base)
+        self.trainer.correct = self.method.corrector(model, begun.weights)
+        return begun
+
+    @torch.no_grad()
+    def _ahead(self, task: Task, base: dict[str, Tensor], was: Mapping[str, Tensor]) -> _Start:
+        """Where parts say so, weights ahead of the base's, by what the node remembers of the round before (`was`)."""
+        if not self.method.goes_ahead:
+            return _Start(base)
+        steps = self.federation.sequential_steps
+        moment = Moment(task.round, task.sequential_step, steps, tau=task.tau)  # a node knows of no agreement
+        federation = self.method.federation(self.federation, moment)
+        kinds = self.method.remembers(federation)
+        keeps_update = bool(kinds) and task.sequential_step + federation.tau < steps  # else it is applied at once
+        if not kinds or not all(_remembered(name, UPDATE) in was for name in base):
+            return _Start(base, {}, keeps_update)
+        start, remembered = dict[str, Tensor](), dict[str, Tensor]()
+        for name, tensor in base.items():
+            found = {kind: was.get(_remembered(name, kind)) for kind in kinds}
+            own = {kind: torch.zeros_like(tensor) if t is None else t.clone() for kind, t in found.items()}
+            start[name] = self.method.ahead(tensor, own, federation, self.nodes)
+            remembered |= {_remembered(name, kind): value for kind, value in own.items() if kind != UPDATE}
+        return _Start(start, remembered, keeps_update)
+
+    def _own_update(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of the update as it is remembered: before the codec, but no longer than `link.max_update_norm`."""
+        own = {_remembered(name, UPDATE): tensor.to("cpu", copy=True) for name, tensor in update.items()}
+        limit_norm(own, self.link.max_update_norm)
+        return own
 
     def _outcome(
         self,
@@ -253,18 +298,23 @@ class Node:
         return _Outcome(report, stored.body, stored.body_sha256)
 
     @torch.no_grad()
-    def _encode(self, base: dict[str, Tensor], state: Mapping[str, Tensor], round_index: int) -> Sent:
-        """The pseudo-gradient `base - local`, computed in the place of the model's weights, clipped and encoded.
+    def _update(self, start: Mapping[str, Tensor], base: dict[str, Tensor], round_index: int) -> dict[str, Tensor]:
+        """The pseudo-gradient `start - local`, computed in the place of the model's weights.
 
-        Of optimizer state that is shared it is the same difference; that state stays as it is.
+        Of optimizer state that is shared it is `base - local`; that state stays as it is.
         """
         update = named_weights(self.trainer.model)
         if self.link.of == "difference":
             for name, local in update.items():
-                torch.sub(base[name].to(local.device), local, out=local)
+                torch.sub(start[name].to(local.device), local, out=local)
         if self.method.parts:
             update |= self._state_differences(base)
             update = {name: update[name] for name in self.method.exchanged(_shapes(base), round_index)}
+        return update
+
+    @torch.no_grad()
+    def _encode(self, update: dict[str, Tensor], state: Mapping[str, Tensor], round_index: int) -> Sent:
+        """The update, clipped and encoded; it is emptied on the way."""
         seed = f"{self.seed}/{self.site.name}/{round_index}"
         limit = self.link.max_update_norm if self.link.of == "difference" else None
         return encode_update(
@@ -290,6 +340,11 @@ class Node:
             evaluation=evaluation,
         )
         return seal(header, body)
+
+
+def _remembered(name: str, kind: str) -> str:
+    """The name under which a node's state has what it remembers of a weight."""
+    return f"{name}{STATE_MARK}{kind}"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -25,8 +25,8 @@ WEIGHTS_FILE = "weights.safetensors"
 class NodeState:
     """Position in the Data Source (sequences consumed), totals, optimizer tensors (empty = fresh), codec state.
 
-    `weights` are the node's own, of methods that let it go on with them; `ready_for` is the round after the last one
-    that it took part in.
+    `weights` are the node's own, of methods that let it go on with them, and under `weight/kind` what it remembers of
+    its last round (`photon.parts.base.Part.remembers`); `ready_for` is the round after that.
     """
 
     run: str

@@ -12,7 +12,7 @@ shared by its factors, under `kind_rows` and `kind_columns` (`photon.node.shared
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from photon.config import FederationConfig, Recipe
 
 ROWS, COLUMNS = "_rows", "_columns"
+UPDATE = "update"  # of what a node remembers: its own pseudo-gradient
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -109,8 +110,27 @@ class Part:
         """What a node begins with in the place of a tensor that it takes: of its own and the base's."""
         return base
 
+    def remembers(self, federation: FederationConfig) -> Collection[str]:
+        """Kinds of tensors, one of each like every weight, that a node has from one round for the start of the next.
+
+        `UPDATE` must be among them: what the node's weights moved by. Others are what `ahead` made of them; they begin
+        at zero. A node that was not in the round before, or whose round was the run's last, remembers nothing.
+        """
+        return ()
+
+    def ahead(self, base: Tensor, remembered: Mapping[str, Tensor], federation: FederationConfig, nodes: int) -> Tensor:
+        """What a node that remembers begins with in the place of a weight; its update is then measured from there.
+
+        By kind what it remembers of the weight, of which all but the update may be changed in place; the options that
+        hold in the round that begins, as far as they follow from its place in the run; and how many nodes have it.
+        """
+        return base
+
     def correct(self, weights: Mapping[str, nn.Parameter], base: Mapping[str, Tensor]) -> None:
-        """Change the gradients of a local step, in place, before they are clipped. All tensors on the node's device."""
+        """Change the gradients of a local step, in place, before they are clipped. All tensors on the node's device.
+
+        `base` is what the round began from; of parts by which a node keeps weights of its own, the global model.
+        """
 
     # At the Aggregator.
 
@@ -120,6 +140,13 @@ class Part:
 
     def averages(self, moment: Moment) -> bool:
         """Whether the round's outer step is plain averaging, by which the outer optimizer only gathers its state."""
+        return False
+
+    def holds_back(self) -> bool:
+        """Whether the outer step along a merged pseudo-gradient is taken a round later, at the end of the next.
+
+        The run's last round takes both: that of the round before, then its own.
+        """
         return False
 
     def late_rounds(self) -> int:

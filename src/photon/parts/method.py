@@ -72,7 +72,7 @@ class Method:
         return method if recipe.federation.outer != "none" else cls()
 
     def _check(self, recipe: Recipe) -> None:
-        for what in ("optimizer", "start", "merged", "late_rounds"):
+        for what in ("optimizer", "start", "ahead", "merged", "late_rounds"):
             if len(names := [type(part).__name__ for part in self.parts if changes(part, what)]) > 1:
                 raise ConfigError(
                     f"federation.parts: {' and '.join(names)} cannot go together: each has its own {what}"
@@ -82,6 +82,7 @@ class Method:
                 "federation.parts: updates that may come late are of whole models without optimizer state, and the "
                 "merge is their weighted mean: stale goes with no part that changes one of these"
             )
+        self._check_held_back()
         for one, other in itertools.combinations(self.parts, 2):
             if (common := math.gcd(one.period(), other.period())) > 1:
                 raise ConfigError(
@@ -94,12 +95,28 @@ class Method:
                 "federation.parts: optimizer state that is not exchanged in every round needs "
                 "node.optimizer_state = keep"
             )
-        if (self.is_partial or self.shared_state) and recipe.link.of == "weights":
+        if (self.is_partial or self.shared_state or self.goes_ahead) and recipe.link.of == "weights":
             raise ConfigError(
-                "link.of = weights sends all weights each time: it does not go with these federation.parts"
+                "link.of = weights sends all weights each time, to be compared with the base: it does not go with "
+                "these federation.parts"
             )
         for part in self.parts:
             part.check(recipe)
+
+    def _check_held_back(self) -> None:
+        averages = any(changes(part, "averages") for part in self.parts)
+        partial = self.is_partial or self.keeps_weights or self.shared_state
+        if (self.holds_back or self.goes_ahead) and (partial or self.late_rounds or averages):
+            raise ConfigError(
+                "federation.parts: where outer steps are taken a round later, every round exchanges all weights and no "
+                "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
+                "with no part that changes one of these"
+            )
+        if self.merged and self.goes_ahead:
+            raise ConfigError(
+                "federation.parts: a node's own share of a merge is known only if that is the mean: eager goes with no "
+                "part that merges in another way"
+            )
 
     # What travels.
 
@@ -145,6 +162,21 @@ class Method:
             base = part.start(name, own, base)
         return base
 
+    def remembers(self, federation: FederationConfig) -> list[str]:
+        """Kinds of tensors that a node has from one round for the start of the next."""
+        return [kind for part in self.parts for kind in part.remembers(federation)]
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether there is a part by which nodes may begin ahead of the base."""
+        return any(changes(part, "ahead") for part in self.parts)
+
+    def ahead(self, base: Tensor, remembered: Mapping[str, Tensor], federation: FederationConfig, nodes: int) -> Tensor:
+        """What a node that remembers begins with in the place of a weight."""
+        for part in self.parts:
+            base = part.ahead(base, remembered, federation, nodes)
+        return base
+
     def corrector(self, model: nn.Module, base: Mapping[str, Tensor]) -> Callable[[], None] | None:
         """What changes the gradients of each local step of a round that begins from `base`; None if nothing does."""
         parts = [part for part in self.parts if changes(part, "correct")]
@@ -171,6 +203,11 @@ class Method:
     def averages(self, moment: Moment) -> bool:
         """Whether the outer step of the round that begins is plain averaging."""
         return any(part.averages(moment) for part in self.parts)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether outer steps are taken a round later."""
+        return any(part.holds_back() for part in self.parts)
 
     @property
     def late_rounds(self) -> int:

@@ -58,7 +58,7 @@ def encode_update(
     codec is lossy.
     """
     if codec.is_lossless:
-        _limit(update, max_norm)
+        limit_norm(update, max_norm)
         return Sent({name: codec.of(name).encode(update.pop(name), 0, None, {}).wire for name in list(update)}, {})
     others = {key: tensor for key, tensor in state.items() if tensor_of(key) not in update}
     inputs = {}
@@ -68,7 +68,7 @@ def encode_update(
             inputs[name].add_(residual, alpha=decay)
     if rescale:
         _rescale(codec, inputs, state, seed)
-    _limit(inputs, max_norm)
+    limit_norm(inputs, max_norm)
     sent, norm = _encode(codec, inputs, state, bool(decay), seed)
     tries = 0
     while max_norm is not None and norm > max_norm:
@@ -152,7 +152,7 @@ def _encoded(
             yield name, encoded, decoded
 
 
-def _limit(tensors: Mapping[str, Tensor], max_norm: float | None) -> None:
+def limit_norm(tensors: Mapping[str, Tensor], max_norm: float | None) -> None:
     """Scale all tensors, in place, to a norm of at most `max_norm` together."""
     if max_norm is None:
         return

@@ -36,7 +36,7 @@ def row(name: str, *runs: RunResult, target: float | None = 5.0, recipe: str = "
 
 
 def comparison(*methods: MethodResult, **changes: object) -> Comparison:
-    setting = setting_of(load_recipe("demo"), 2000, [7, 8])
+    setting = setting_of(load_recipe("demo"), {}, 2000, [7, 8])
     whole = Comparison(
         recipe="demo", about="A.", photon="1", command="photon compare demo", setting=setting, points_per_method=1,
         target_loss=5.0, target_was_given=True, headline=headline(methods, setting), notes=["a note"],

@@ -13,6 +13,7 @@ from photon.compare_content import (
     setting_of,
     with_differences,
 )
+from photon.method import apply_method, load_method
 from photon.recipe import load_recipe
 
 
@@ -37,7 +38,7 @@ def test_a_row_holds_means_over_seeds() -> None:
 
 
 def test_the_headline_weighs_the_difference_against_the_spread() -> None:
-    setting = setting_of(load_recipe("demo"), 2000, [7, 8])
+    setting = setting_of(load_recipe("demo"), {}, 2000, [7, 8])
     assert "diloco has the lowest held-out loss, 3.2000" in headline([FEDAVG, DILOCO], setting)
     assert headline([FEDAVG, DILOCO], setting).endswith("more than the spread over seeds.")
     close = row("muloco", made_up(7, 8.0, 3.1), made_up(8, 8.0, 3.5))
@@ -58,4 +59,11 @@ def test_the_headline_weighs_the_difference_against_the_spread() -> None:
     ],
 )
 def test_the_setting_in_a_line(overrides: list[str], label: str) -> None:
-    assert setting_of(load_recipe("demo", overrides), 2000, [7, 8]).label == label
+    assert setting_of(load_recipe("demo", overrides), {}, 2000, [7, 8]).label == label
+
+
+def test_the_setting_names_methods_that_change_batch_or_tau() -> None:
+    names = ["per-step", "fedavg", "local-muon", "streaming-diloco", "central-small"]
+    recipes = {name: apply_method(load_method(name), "demo") for name in names}
+    label = setting_of(load_recipe("demo"), recipes, 2000, [7]).label
+    assert label.endswith("; tau 16; local-muon tau 8 and batch 8; streaming-diloco tau 4; 2.00k tokens; one seed (7)")

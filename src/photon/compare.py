@@ -164,7 +164,8 @@ def _comparison(
             row.model_copy(update={"settings": settings, "hours": hours, "tuned": one.tuned, "edges": edges})
         )
     methods = with_differences(methods)
-    setting = setting_of(plan.base, plan.tokens, plan.seeds)
+    recipes = {one.plan.method.name: own[0].recipe for one, own in zip(chosen, jobs, strict=True)}
+    setting = setting_of(plan.base, recipes, plan.tokens, plan.seeds)
     return Comparison(
         recipe=plan.base.name,
         about=plan.base.about,

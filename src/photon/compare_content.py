@@ -6,7 +6,7 @@ Every field says what it holds. A mean is over the seeds that finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from pydantic import Field
@@ -88,8 +88,8 @@ class Comparison(Closed):
     methods: list[MethodResult] = Field(description="In the order asked for; differences are to the first.")
 
 
-def setting_of(recipe: Recipe, tokens: int, seeds: Sequence[int]) -> Setting:
-    """The setting of a comparison on `recipe`."""
+def setting_of(recipe: Recipe, methods: Mapping[str, Recipe], tokens: int, seeds: Sequence[int]) -> Setting:
+    """The setting of a comparison on `recipe`; the label also names `methods` that change its batch or tau."""
     partition, dropout = recipe.data.partition, recipe.federation.dropout
     silos, sampled = len(recipe.silo), recipe.nodes_per_round
     split = "IID" if partition == "iid" else f"by {partition}"
@@ -98,6 +98,7 @@ def setting_of(recipe: Recipe, tokens: int, seeds: Sequence[int]) -> Setting:
         f"{sampled} of {silos} a round",
         f"drop-out {dropout:g}" if dropout else "no drop-out",
         f"tau {recipe.federation.tau}",
+        *(told for name, own in methods.items() if (told := _departure(name, own, recipe))),
         f"{count(tokens)} tokens",
         f"{len(seeds)} seeds ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"one seed ({seeds[0]})",
     ]
@@ -114,6 +115,15 @@ def setting_of(recipe: Recipe, tokens: int, seeds: Sequence[int]) -> Setting:
         seeds=list(seeds),
         label="; ".join(parts),
     )
+
+
+def _departure(name: str, own: Recipe, recipe: Recipe) -> str:
+    """What a federated method makes of tau and the local batch, if it leaves them not as they are."""
+    if own.federation.outer == "none":
+        return ""
+    changed = [f"tau {own.federation.tau}"] if own.federation.tau != recipe.federation.tau else []
+    changed += [f"batch {own.node.batch_size}"] if own.node.batch_size != recipe.node.batch_size else []
+    return f"{name} {' and '.join(changed)}" if changed else ""
 
 
 def default_target(runs: Sequence[RunResult]) -> float | None:

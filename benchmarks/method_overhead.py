@@ -5,10 +5,10 @@ method runs beside a FedAvg of its own, round by round in turn: while one makes 
 whatever slows this machine down slows both. The first turn warms up and is not counted. A step's CPU time is that of
 the Aggregator and its workers, divided by the local steps of that turn; the ratio is taken turn by turn.
 
-What shared state must move is allowed for: what FedAvg's step costs outside of training (the Aggregator's CPU time, and
-the nodes' to receive, encode and save), times the bytes that the method moves more of. A method that begins a round with
-an inner optimizer of its own, or corrects gradients, pays for that here too. The row of `fedavg` beside itself tells how
-far two equal runs are apart; the second of a pair has measured up to 3 % less.
+What shared state must move is allowed for: what FedAvg's step costs outside of training (the Aggregator's CPU time,
+and the nodes' to receive, encode and save), times the bytes that the method moves more of. A method that begins a
+round with an inner optimizer of its own, or corrects gradients, pays for that here too. The row of `fedavg` beside
+itself tells how far two equal runs are apart; the second of a pair has measured up to 3 % less.
 """
 
 from __future__ import annotations

@@ -341,6 +341,7 @@ class Aggregator:
             evaluate=evaluate,
             sequential_step=self.progress.sequential_step,
             tau=tau,
+            nodes=self._nodes_per_round,
             deadline_s=self.recipe.federation.deadline_s,
         )
 

@@ -137,7 +137,7 @@ class Node:
         self.config, self.link, self.evaluation_batch_size = recipe.node, recipe.link, recipe.evaluation.batch_size
         self.seed = recipe.seed  # not the run: the same recipe gives the same model each time
         self.codec = parse_pipeline(self.link.up, "link.up", self.link.exact_tensors)
-        self.method, self.federation, self.nodes = Method.of(recipe), recipe.federation, recipe.nodes_per_round
+        self.method, self.federation = Method.of(recipe), recipe.federation
 
     def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
         """Answer a serialised task. Raises WireError if it is not one for this node and run."""
@@ -273,7 +273,7 @@ class Node:
         for name, tensor in base.items():
             found = {kind: was.get(_remembered(name, kind)) for kind in kinds}
             own = {kind: torch.zeros_like(tensor) if t is None else t.clone() for kind, t in found.items()}
-            start[name] = self.method.ahead(tensor, own, federation, self.nodes)
+            start[name] = self.method.ahead(tensor, own, federation, task.nodes)
             remembered |= {_remembered(name, kind): value for kind, value in own.items() if kind != UPDATE}
         return _Start(start, remembered, keeps_update)
 

@@ -309,6 +309,7 @@ def node_parts(recipe: Recipe, folder: RunFolder) -> list[Row]:
             evaluate=False,
             sequential_step=0,
             tau=recipe.federation.tau,
+            nodes=1,
             deadline_s=3600.0,
         )
         message = encode_message(task, body)

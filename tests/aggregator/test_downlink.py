@@ -63,7 +63,7 @@ class Sender:
     def task(self, told: Told) -> Task:
         return Task(
             run="r", round=self.rounds, node="ada", nonce="n", base_sha256=self.sha256, evaluate=False,
-            sequential_step=0, tau=1, deadline_s=1.0, form=told.form, held_sha256=told.held_sha256,
+            sequential_step=0, tau=1, nodes=2, deadline_s=1.0, form=told.form, held_sha256=told.held_sha256,
             codec=told.codec, body_sha256=told.body_sha256,
         )  # fmt: skip
 

@@ -74,7 +74,7 @@ class Trial:
     def task(self, node: str, tau: int) -> Task:
         return Task(
             run="r", round=4, node=node, nonce=f"nonce-{node}", base_sha256="0" * 64,
-            evaluate=tau == 0, sequential_step=20, tau=tau, deadline_s=100.0,
+            evaluate=tau == 0, sequential_step=20, tau=tau, nodes=2, deadline_s=100.0,
         )  # fmt: skip
 
     def run(self, refuse: Iterable[str] = (), told: Told = WHOLE) -> Trial:

@@ -20,7 +20,7 @@ from photon.link.update import Task
 def task(node: str, round_index: int, tau: int = 5) -> Task:
     return Task(
         run="r", round=round_index, node=node, nonce=f"nonce-{node}", base_sha256="0" * 64,
-        evaluate=tau == 0, sequential_step=20, tau=tau, deadline_s=100.0,
+        evaluate=tau == 0, sequential_step=20, tau=tau, nodes=2, deadline_s=100.0,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def question(number: int, task: str = "", *, wait_s: float = 0.0, run_id: int = 
     head = b""
     if task:
         fields: dict[str, Any] = {"run": "r", "round": 3, "node": "ada", "nonce": task, "base_sha256": "a" * 64}
-        head = seal(Task(**fields, evaluate=False, sequential_step=12, tau=4, deadline_s=60.0), b"").head
+        head = seal(Task(**fields, evaluate=False, sequential_step=12, tau=4, nodes=2, deadline_s=60.0), b"").head
     content = ask_content(Ask(run="r", wait_s=wait_s), head)
     return Question(f"q{number}", run_id, 0.0, 60.0, time.monotonic(), content)
 

@@ -71,6 +71,7 @@ def task(nonce: str, number: int = 3, run: str = "r") -> Task:
         evaluate=False,
         sequential_step=4 * number,
         tau=4,
+        nodes=2,
         deadline_s=60.0,
     )
 

@@ -21,7 +21,7 @@ BASE = "0" * 64
 def task(**changes: object) -> Task:
     fields = {
         "run": "r", "round": 3, "node": "core", "nonce": "n", "base_sha256": BASE,
-        "evaluate": False, "sequential_step": 96, "tau": 32, "deadline_s": 60.0,
+        "evaluate": False, "sequential_step": 96, "tau": 32, "nodes": 4, "deadline_s": 60.0,
     }  # fmt: skip
     return Task.model_validate(fields | changes)
 

@@ -28,7 +28,7 @@ def task(base: bytes, body: bytes, form: str = "whole", held: bytes = b"", codec
         {
             "run": "r", "round": 3, "node": "ada", "nonce": "n", "evaluate": False, "sequential_step": 0, "tau": 1,
             "deadline_s": 1.0, "base_sha256": sha256_hex(base), "body_sha256": sha256_hex(body), "form": form,
-            "held_sha256": sha256_hex(held) if held else EMPTY_SHA256, "codec": codec,
+            "held_sha256": sha256_hex(held) if held else EMPTY_SHA256, "codec": codec, "nodes": 2,
         }
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ def task(body: bytes = BASE, **changes: Any) -> Task:
     fields = {
         "run": RUN, "round": 0, "node": "ada", "nonce": "n",
         "base_sha256": sha256_hex(body), "body_sha256": sha256_hex(body),
-        "evaluate": False, "sequential_step": 0, "tau": 3, "deadline_s": 1e6,
+        "evaluate": False, "sequential_step": 0, "tau": 3, "nodes": 2, "deadline_s": 1e6,
     }  # fmt: skip
     return Task.model_validate(fields | changes)
 

@@ -56,7 +56,7 @@ class Task(_Header):
     evaluate: bool = Field(description="Score the base before training; the body need not be sent a second time.")
     sequential_step: Natural = Field(description="t * tau: where the learning-rate schedule stands.")
     tau: Natural = Field(description="Local steps; 0 = only evaluate.")
-    nodes: Natural = Field(1, ge=1, description="K: a site's recipe has itself alone.")
+    nodes: Natural = Field(ge=1, description="K: a site's recipe has itself alone.")
     deadline_s: Number = Field(gt=0, description="A node hands in what it has after so many seconds.")
 
     def is_same_work(self, other: Task) -> bool:

@@ -181,7 +181,7 @@ def test_a_message_without_its_body_is_within_what_is_planned() -> None:
     reply = Reply.model_validate(common | {"status": "ok", "training": training, "evaluation": evaluation})
     task = Task.model_validate(
         common | {"form": "difference", "held_sha256": "0" * 64, "evaluate": True, "sequential_step": 10**7, "tau": 500,
-                  "deadline_s": 21600.0},
+                  "nodes": 10**3, "deadline_s": 21600.0},
     )  # fmt: skip
     assert len(seal(reply)) <= ENVELOPE_BYTES
     assert len(seal(task)) <= ENVELOPE_BYTES

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from photon import certificates, keys
 from photon.errors import InputError
-from photon.keys import client_context, create_authority, issue_node, issued, revoke, server_context
+from photon.identity import client_context, server_context
+from photon.keys import create_authority, issue_node, issued, revoke
 
 
 @pytest.fixture(scope="module")

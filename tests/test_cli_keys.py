@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from photon import keys
 from photon.cli_keys import keys_app
 from photon.errors import InputError
+from photon.identity import bundle_identity
 
 COMMANDS = ("init", "node", "aggregator", "operator", "revoke", "list")
 
@@ -54,12 +55,12 @@ def test_from_an_empty_disk_to_a_node_that_was_let_in_again(tmp_path: Path) -> N
     assert "photon.example.org, 203.0.113.7" in said and f"photon keys node NAME {folder}" in said
     said = run("node", "hospital", folder, "--out", tmp_path / "h.key", "--days", "90")
     assert str(tmp_path / "h.key") in said
-    first = keys.bundle_identity(tmp_path / "h.key")
+    first = bundle_identity(tmp_path / "h.key")
     assert first.name == "hospital"
     assert first.serial in run("revoke", "hospital", folder)
     assert "refused already" in run("revoke", "hospital", folder)
     run("node", "hospital", folder, "--out", tmp_path / "h.key")
-    second = keys.bundle_identity(tmp_path / "h.key")
+    second = bundle_identity(tmp_path / "h.key")
     rows = [line.split("│")[1:-1] for line in run("list", folder).splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert [row[:2] for row in cells] == [
@@ -91,7 +92,7 @@ def test_renewing_the_aggregator_and_another_operator(tmp_path: Path) -> None:
     assert f"for b.org, 10.0.0.1, until {keys.issued(folder)[-1].not_after:%Y-%m-%d}" in said
     assert (folder / "hospital.key").read_bytes() == hospital
     assert str(tmp_path / "o.key") in run("operator", folder, "--out", tmp_path / "o.key")
-    assert keys.bundle_identity(tmp_path / "o.key").role == "operator"
+    assert bundle_identity(tmp_path / "o.key").role == "operator"
     assert f"photon keys operator {folder}" in run("revoke", "operator", folder)
     assert "until" in run("operator", folder)
     assert [one.revoked for one in keys.issued(folder) if one.role == "operator"] == [True, True, False]

@@ -16,7 +16,7 @@ from photon.fabric.base import NodeInfo
 from photon.fabric.control import NodeStatus
 from photon.fabric.flower import Peer
 from photon.fabric.traffic import BlobTraffic
-from photon.keys import Identity
+from photon.identity import Identity
 from photon.link.update import Sealed
 from photon.status_board import MAX_ERRORS, History, RunFacts, Status, StatusBoard, build_status
 from photon.track import Tracker

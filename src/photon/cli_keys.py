@@ -87,10 +87,11 @@ def aggregator(
 ) -> None:
     """Renew the Aggregator's certificate: other hosts, a later end. Nodes and operators keep their keys."""
     from photon import keys
+    from photon.identity import AGGREGATOR_FILE
 
     hosts = keys.renew_aggregator(folder, host or (), days)
     end = keys.issued(folder)[-1].not_after
-    typer.echo(f"{folder / keys.AGGREGATOR_FILE}: the Aggregator's certificate for {', '.join(hosts)}, {_until(end)}.")
+    typer.echo(f"{folder / AGGREGATOR_FILE}: the Aggregator's certificate for {', '.join(hosts)}, {_until(end)}.")
     typer.echo("It is used from the next start of the Aggregator on: stop it, and go on with --resume.")
     typer.echo("The one before counts until it expires: if others may have it, make a new authority instead.")
 

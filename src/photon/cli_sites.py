@@ -82,7 +82,7 @@ def node(
     from photon.fabric.agent import Agent, NodeOptions, default_home
     from photon.fabric.home import NodeHome
     from photon.fabric.lifeline import end_with
-    from photon.keys import bundle_identity, client_context
+    from photon.identity import bundle_identity, client_context
     from photon.siteconfig import load_site
 
     if socket is not None:

@@ -1,54 +1,35 @@
-"""Who is who between machines: a small certificate authority, identities of one file, and TLS that asks for them.
+"""The operator's folder of keys: a small certificate authority that issues, renews and revokes.
 
-The Aggregator's operator holds a folder with the authority; every owner gets one file with its private key, its
-certificate and the authority's certificate. The name in the certificate is the node's identity: no message can claim
-another. Both sides speak TLS 1.3 and trust this authority alone, never the certificates of the operating system.
+Every owner gets one file with its private key, its certificate and the authority's certificate. What these are for,
+`photon.identity` says.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
-import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from photon import certificates
-from photon.certificates import AnyRole, Bundle, Pair, Role, checked_name, load_bundle, read_file, write_private
+from photon.certificates import AnyRole, Pair, checked_name, load_bundle, read_file, write_private
 from photon.config import Name
-from photon.errors import InputError, PhotonError, StateError
+from photon.errors import InputError, StateError
+from photon.identity import AGGREGATOR_FILE, REVOKED_FILE, Revocations
 
 DEFAULT_HOSTS = ("localhost", "127.0.0.1")
 AUTHORITY_DAYS = 1825
 NODE_DAYS = 365
 MAX_DAYS = 7300
 RESERVED_NAMES = ("aggregator", "ca", "operator")  # their files are in the folder already
-AGGREGATOR_FILE = "aggregator.pem"
 OPERATOR_FILE = "operator.key"
-REVOKED_FILE = "revoked.txt"
 _CA_KEY, _CA_CERTIFICATE, _ISSUED_FILE = "ca.key", "ca.crt", "issued.jsonl"
 _LOCK_DEADLINE_S = 10.0
-_SERIAL = re.compile(r"[1-9a-f][0-9a-f]{0,39}")  # any other spelling would never match: it is refused, not skipped
-
-
-class AuthenticationError(PhotonError):
-    """Whoever is on the other end of a connection did not show an identity that counts."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a certificate says its holder is. `serial` is lower-case hex without leading zeros."""
-
-    name: str
-    role: Role
-    serial: str
 
 
 class Issued(BaseModel):
@@ -173,109 +154,6 @@ def issued(folder: Path) -> list[Issued]:
     return found
 
 
-def server_context(folder: Path) -> ssl.SSLContext:
-    """The Aggregator's side: TLS 1.3 only, and a client must show a certificate of our authority.
-
-    Who it is, `peer_identity` says; whether it still counts, `Revocations`. Raises InputError if the Aggregator's
-    certificate is missing, damaged, expired or readable by others.
-    """
-    path = folder / AGGREGATOR_FILE
-    bundle = load_bundle(path)
-    if bundle.role != "aggregator":
-        raise InputError(f"{path} is not the certificate of an Aggregator but of a {bundle.role}.")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # a resumed session would not look at the client's certificate again
-    return _harden(context, path, bundle)
-
-
-def client_context(bundle: Path) -> ssl.SSLContext:
-    """An owner's or operator's side: TLS 1.3 only, trusts only the authority in `bundle`, and checks the host's name.
-
-    Raises InputError if the bundle is missing, damaged, expired, readable by others, or the Aggregator's own.
-    """
-    loaded = load_bundle(bundle)
-    _identity(bundle, loaded)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # this protocol checks the host's name
-    context.hostname_checks_common_name = False
-    return _harden(context, bundle, loaded)
-
-
-def bundle_identity(bundle: Path) -> Identity:
-    """Whose bundle this is. Raises InputError, as `client_context` does except for one that expired."""
-    return _identity(bundle, load_bundle(bundle))
-
-
-def peer_identity(peercert: Mapping[str, object] | None) -> Identity:
-    """Who is at the other end of a connection, from `SSLSocket.getpeercert()` on the Aggregator's side.
-
-    Ask on every request: a certificate may expire while its connection stays open. Whether it was revoked, ask
-    `Revocations`. Raises AuthenticationError for anything that is not the unexpired certificate of a node or operator.
-    """
-    if not peercert:
-        raise AuthenticationError("the client showed no certificate: it needs a key made by photon keys node.")
-    try:
-        subject = peercert["subject"]
-        if not isinstance(subject, tuple):
-            raise TypeError
-        role, name = certificates.role_and_name([pair for group in subject for pair in group])
-        serial = f"{int(str(peercert['serialNumber']), 16):x}"
-        not_after = ssl.cert_time_to_seconds(str(peercert["notAfter"]))
-    except (KeyError, TypeError, ValueError):
-        raise AuthenticationError("the client's certificate is not one of Photon's identities.") from None
-    if role == "aggregator":
-        raise AuthenticationError("the client shows the Aggregator's own certificate, which is no identity of a node.")
-    if not_after <= certificates.now().timestamp():
-        raise AuthenticationError(f"the certificate of {name} has expired: make a new one with photon keys node.")
-    return Identity(name, role, serial)
-
-
-class Revocations:
-    """The list of refused certificates, read again whenever the file changed: a revocation holds at once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / REVOKED_FILE
-        self._read: tuple[tuple[int, ...], frozenset[str]] | None = None
-
-    def is_revoked(self, serial: str) -> bool:
-        """Whether this certificate is refused. Raises StateError if the list is damaged: then nobody is admitted."""
-        try:
-            stamp = _stamp(self._path.stat())
-            if self._read is None or self._read[0] != stamp:
-                with self._path.open("rb") as file:
-                    stamp = _stamp(os.fstat(file.fileno()))
-                    self._read = stamp, frozenset(self._parse(file.read()))
-        except OSError as error:
-            raise StateError(
-                f"{self._path} cannot be read ({error.strerror}): nobody is admitted until it can."
-            ) from None
-        return serial.lower().lstrip("0") in self._read[1]
-
-    def _parse(self, data: bytes) -> Iterator[str]:
-        for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
-            words = line.split(" ")
-            try:
-                serial, name, when = words
-                checked_name(name)
-                datetime.fromisoformat(when)
-            except ValueError:
-                serial = ""
-            if not _SERIAL.fullmatch(serial):
-                raise StateError(
-                    f"{self._path}, line {number} is not `serial name date`: nobody is admitted until it is mended."
-                )
-            yield serial
-
-
-def _identity(path: Path, bundle: Bundle) -> Identity:
-    if bundle.role == "aggregator":
-        raise InputError(f"{path} is the Aggregator's own: a node or operator needs a key of its own.")
-    return Identity(bundle.name, bundle.role, bundle.serial)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
-
-
 def _node_name(name: str) -> str:
     try:
         checked_name(name)
@@ -353,17 +231,6 @@ def _issue(folder: Path, ca: Pair, pair: Pair, path: Path, *, replace: bool = Fa
     # Recorded first: whatever happens then, no certificate is out there that cannot be revoked.
     write_private(record, read_file(record) + entry.model_dump_json().encode() + b"\n", replace=True)
     write_private(path, certificates.bundle_pem(pair, ca), replace=replace)
-
-
-def _harden(context: ssl.SSLContext, path: Path, bundle: Bundle) -> ssl.SSLContext:
-    """What both sides have in common."""
-    certificates.check_dates(path, bundle)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.load_verify_locations(cadata=bundle.ca_pem)
-    context.load_cert_chain(path)
-    return context
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from rich.text import Text
 from photon.aggregator.trust import READMIT
 from photon.durable import write_atomic
 from photon.errors import InputError, StateError, WireError
-from photon.keys import client_context
+from photon.identity import client_context
 from photon.link.client import GatewayClient, LinkDownError
 from photon.options import hint
 from photon.readable import byte_size, count, duration, one_line, significant

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from photon.fabric.gateway import GatewayConfig, serving
-from photon.keys import Identity, client_context, create_authority, issue_node
+from photon.identity import Identity, client_context
+from photon.keys import create_authority, issue_node
 from photon.link.client import GatewayClient
 from photon.link.store import FolderStore
 

@@ -35,7 +35,7 @@ from tests.fabric.gateways import (
 
 from photon.fabric import gateway
 from photon.fabric.gateway import visible_status
-from photon.keys import Identity
+from photon.identity import Identity
 from photon.link import transfer
 from photon.link.body import whole_file
 from photon.link.partial import SAVE_EVERY_S

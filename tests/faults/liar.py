@@ -20,7 +20,7 @@ from torch import Tensor
 from photon.fabric.control import NodeStatus, read_ask, status_content
 from photon.fabric.fleet_client import FleetClient, Question
 from photon.fabric.flwr_internals import FlowerDownError
-from photon.keys import client_context
+from photon.identity import client_context
 from photon.link.body import whole_file
 from photon.link.client import GatewayClient, LinkRefusedError
 from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex

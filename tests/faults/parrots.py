@@ -11,7 +11,7 @@ from photon import __version__
 from photon.fabric.control import NodeStatus, read_ask, status_content
 from photon.fabric.fleet_client import FleetClient
 from photon.fabric.flwr_internals import FlowerDownError
-from photon.keys import client_context
+from photon.identity import client_context
 from photon.link.body import whole_file
 from photon.link.client import GatewayClient
 from photon.link.transfer import upload

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from photon.keys import AGGREGATOR_FILE, client_context
+from photon.identity import client_context
+from photon.keys import AGGREGATOR_FILE
 
 _PIECE_BYTES = 2**16
 _DEADLINE_S = 20.0

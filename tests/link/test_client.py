@@ -15,7 +15,8 @@ from tests.faults.proxy import Proxy
 from tests.link.plain import plain_server
 
 from photon.errors import ConfigError
-from photon.keys import client_context, create_authority, issue_node, revoke
+from photon.identity import client_context
+from photon.keys import create_authority, issue_node, revoke
 from photon.link.transfer import GatewayClient, LinkDownError, LinkRefusedError
 
 MIB = 2**20

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from photon.keys import client_context, create_authority, issue_node, server_context
+from photon.identity import client_context, server_context
+from photon.keys import create_authority, issue_node
 from photon.link.tls import GIVE_BYTES, TAKE_BYTES, TlsSession, TlsStream
 
 DEADLINE_S = 20.0

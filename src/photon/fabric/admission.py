@@ -15,7 +15,7 @@ from threading import Lock
 from aiohttp import web
 
 from photon.errors import PhotonError, StateError
-from photon.keys import AuthenticationError, Identity, Revocations, peer_identity
+from photon.identity import AuthenticationError, Identity, Revocations, peer_identity
 from photon.link.partial import BeyondPartError, OffsetError, PartialBusyError, PartialError
 from photon.link.store import BlobError, BlobRefusedError
 

@@ -22,7 +22,7 @@ from threading import Lock, Thread
 from photon.fabric.admission import Admission, RequestRefusedError, identity_of
 from photon.fabric.traffic import TrafficAccounts, Wire
 from photon.fabric.transport import Guest
-from photon.keys import Identity
+from photon.identity import Identity
 from photon.link.body import FileBody
 from photon.link.partial import BeyondPartError, OffsetError, PartialFile
 from photon.link.store import BlobStore, FolderStore

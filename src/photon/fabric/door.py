@@ -18,7 +18,7 @@ from photon.fabric.admission import SOMEBODY
 from photon.fabric.blobs import BLOB_LINE, BlobServer, json_answer
 from photon.fabric.traffic import TrafficAccounts
 from photon.fabric.transport import Guest, Patience, TlsTransport
-from photon.keys import AuthenticationError, peer_identity
+from photon.identity import AuthenticationError, peer_identity
 from photon.link.tls import TlsSession
 
 _BACKLOG = 256

@@ -32,7 +32,7 @@ from photon.fabric.fleet import CallRefusedError, FleetForwarder
 from photon.fabric.lifeline import end_with
 from photon.fabric.traffic import TrafficAccounts
 from photon.fabric.transport import Patience
-from photon.keys import Identity, server_context
+from photon.identity import Identity, server_context
 from photon.link.object_store import open_store
 from photon.link.store import BlobStore, FolderStore
 

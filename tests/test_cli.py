@@ -155,6 +155,7 @@ def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     code, output = photon("presets", capsys=capsys)
     assert code == 0
     assert all(name in output for name in ("demo", "paper-7b", "llama-125m"))
+    assert "…" not in output  # nothing is cut off at the 80 columns that a file or pipe has
     code, text = photon("presets", "demo", capsys=capsys)
     assert code == 0
     assert "[[silo]]" in text

@@ -42,10 +42,10 @@ def presets_table() -> list[Table]:
         "name",
         "parameters",
         "nodes",
-        "rounds x tau",
-        "tokens/round",
-        "memory of\na node",
-        "of the\nAggregator",
+        "rounds\nx tau",
+        "tokens/\nround",
+        "memory:\nnode",
+        "memory:\nAggregator",
     ):
         table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=heading == "name")
     for name in preset_names():

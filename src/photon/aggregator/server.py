@@ -77,8 +77,7 @@ class Aggregator:
         self.ledger = Ledger(total=state.progress.link, counts_sent=fabric.carried() is not None)
         if store.rounds():  # what the network carried of rounds that were not committed is on no ledger
             self.ledger.skip(fabric.carried() or {})
-        self._clock_zero = time.monotonic() - state.progress.seconds
-        self._commit_s = 0.0
+        self._clock_zero, self._commit_s = time.monotonic() - state.progress.seconds, 0.0
         self._absent: frozenset[str] = frozenset()  # trainers that the last round began without
 
     def run(self) -> GlobalState:

@@ -77,6 +77,70 @@ def await_training(sites: Sites, *owners: str) -> int:
     return sites.committed()
 
 
+def slow_then_silent(sites: Sites, full: int) -> None:
+    """Cyd hands in at the deadline what it has done, then never answers, and then counts again."""
+    with Slowed(sites, "cyd"):
+        slow = await_round(
+            sites, sites.committed(), "cyd has done a part", lambda event: 0 < _tokens_of(event, "cyd") < full
+        )
+        assert slow["missing"] == {}
+        assert _tokens_of(slow, "ada") == _tokens_of(slow, "bob") == full
+
+        # A node that never answers: its processes stand still, its connections stay open.
+        silent_round = await_training(sites, "cyd")
+        agent = psutil.Process(sites.nodes["cyd"].pid)
+        agent.suspend()
+    trainer = sites.trainer("cyd")
+    assert trainer is not None
+    trainer.suspend()
+    silent = await_round(sites, silent_round, "cyd is missing", lambda event: "cyd" in event["missing"])
+    assert silent["missing"] == {"cyd": LATE}
+    assert set(silent["nodes"]) == {"ada", "bob"}
+    for process in (trainer, agent):
+        process.resume()
+    await_round(sites, silent["round"], "cyd counts again", lambda event: _tokens_of(event, "cyd") == full)
+
+
+def leave_and_come_back(sites: Sites, full: int) -> None:
+    """Bob leaves in the middle of a round and hands in what it has; later it goes on from there."""
+    with Slowed(sites, "bob"):
+        left_in = await_training(sites, "bob")
+        assert sites.stop_node("bob") == 0
+    left = await_round(sites, left_in, "bob is counted", lambda event: "bob" in event["nodes"])
+    assert left["round"] == left_in + 1, "it was given up before what it had handed in was counted"
+    assert 0 < _tokens_of(left, "bob") < full
+    without = await_round(sites, left["round"], "bob has left", lambda event: "bob" not in event["nodes"])
+    assert "bob" not in without["missing"], "a node that has left was asked"
+    sites.start_node("bob")
+    back = await_round(sites, without["round"], "bob is back", lambda event: "bob" in event["nodes"])
+    begin = max(ready for ready in sites.positions("bob") if ready < back["round"])
+    assert begin == left["round"], "it did not go on where it had left"
+
+
+def lose_two_then_all(sites: Sites) -> int:
+    """Killed in the middle of rounds: one is enough, none is not; then all come back. Gives the round given up."""
+    with Slowed(sites, "bob"), Slowed(sites, "cyd"):
+        number = await_training(sites, "bob", "cyd")
+        for owner in ("bob", "cyd"):
+            sites.kill_node(owner)
+    alone = await_round(sites, number, "two are missing", lambda event: len(event["missing"]) == 2)
+    assert alone["missing"] == {"bob": LATE, "cyd": LATE}
+    assert set(alone["nodes"]) == {"ada"}
+
+    # Nobody is left. The round is given up, and nothing is lost.
+    loop = sites.wait_for_part("rounds").pid
+    with Slowed(sites, "ada"):
+        number = await_training(sites, "ada")
+        sites.kill_node("ada")
+    sites.wait_for_part("rounds", other_than=loop)
+    assert sites.committed() == number
+    for owner in sites.owners:
+        sites.start_node(owner)
+    again = await_round(sites, number, "all three count", lambda event: len(event["nodes"]) == 3)
+    assert again["missing"] == {}
+    return number
+
+
 def test_slow_silent_leaving_and_absent_nodes(tmp_path: Path) -> None:
     """The life of a federation of three, of whom one is enough."""
     tau, rounds = 300, 16
@@ -86,64 +150,9 @@ def test_slow_silent_leaving_and_absent_nodes(tmp_path: Path) -> None:
     with Sites(tmp_path / "sites", tmp_path / "texts", rounds=rounds, extra=extra, tau=tau) as sites:
         sites.start()
         await_round(sites, 0, "all three have done everything", lambda event: _tokens(event) == [full] * 3)
-
-        # A slow node stops at its deadline and hands in what it has done.
-        with Slowed(sites, "cyd"):
-            slow = await_round(
-                sites, sites.committed(), "cyd has done a part", lambda event: 0 < _tokens_of(event, "cyd") < full
-            )
-            assert slow["missing"] == {}
-            assert _tokens_of(slow, "ada") == _tokens_of(slow, "bob") == full
-
-            # A node that never answers: its processes stand still, its connections stay open.
-            silent_round = await_training(sites, "cyd")
-            agent = psutil.Process(sites.nodes["cyd"].pid)
-            agent.suspend()
-        trainer = sites.trainer("cyd")
-        assert trainer is not None
-        trainer.suspend()
-        silent = await_round(sites, silent_round, "cyd is missing", lambda event: "cyd" in event["missing"])
-        assert silent["missing"] == {"cyd": LATE}
-        assert set(silent["nodes"]) == {"ada", "bob"}
-        for process in (trainer, agent):
-            process.resume()
-        await_round(sites, silent["round"], "cyd counts again", lambda event: _tokens_of(event, "cyd") == full)
-
-        # A node that leaves in the middle of a round hands in what it has, and later goes on from there.
-        with Slowed(sites, "bob"):
-            left_in = await_training(sites, "bob")
-            assert sites.stop_node("bob") == 0
-        left = await_round(sites, left_in, "bob is counted", lambda event: "bob" in event["nodes"])
-        assert left["round"] == left_in + 1, "it was given up before what it had handed in was counted"
-        assert 0 < _tokens_of(left, "bob") < full
-        without = await_round(sites, left["round"], "bob has left", lambda event: "bob" not in event["nodes"])
-        assert "bob" not in without["missing"], "a node that has left was asked"
-        sites.start_node("bob")
-        back = await_round(sites, without["round"], "bob is back", lambda event: "bob" in event["nodes"])
-        begin = max(ready for ready in sites.positions("bob") if ready < back["round"])
-        assert begin == left["round"], "it did not go on where it had left"
-
-        # All but the quorum are gone, in the middle of a round.
-        with Slowed(sites, "bob"), Slowed(sites, "cyd"):
-            number = await_training(sites, "bob", "cyd")
-            for owner in ("bob", "cyd"):
-                sites.kill_node(owner)
-        alone = await_round(sites, number, "two are missing", lambda event: len(event["missing"]) == 2)
-        assert alone["missing"] == {"bob": LATE, "cyd": LATE}
-        assert set(alone["nodes"]) == {"ada"}
-
-        # Nobody is left. The round is given up, and nothing is lost; then all come back.
-        loop = sites.wait_for_part("rounds").pid
-        with Slowed(sites, "ada"):
-            number = await_training(sites, "ada")
-            sites.kill_node("ada")
-        sites.wait_for_part("rounds", other_than=loop)
-        assert sites.committed() == number
-        for owner in sites.owners:
-            sites.start_node(owner)
-        again = await_round(sites, number, "all three count", lambda event: len(event["nodes"]) == 3)
-        assert again["missing"] == {}
-
+        slow_then_silent(sites, full)
+        leave_and_come_back(sites, full)
+        number = lose_two_then_all(sites)
         output = sites.finish(600)
         assert f"round {number}: 0 of " in output, "the round loop did not say why it ended"
         sites.check_streams(LENGTH)

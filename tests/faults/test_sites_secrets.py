@@ -255,10 +255,8 @@ def test_strangers_stay_out_and_secrets_stay_home(
         assert b"PUT /v1/uploads/" in sent["what ada sent"]
         assert b'"state":"preparing"' in sent["what bob sent"] or b"GET /v1/run" in sent["what bob sent"]
         assert b"the node's own log says more" in sent["what ada sent"]
-        reasons = {one["missing"].get("ada", "") for one in sites.rounds()}
-        assert any(re.fullmatch(r"the node reports: \w+; the node's own log says more", one) for one in reasons), (
-            reasons
-        )
+        said = {one["missing"].get("ada", "") for one in sites.rounds()}
+        assert any(re.fullmatch(r"the node reports: \w+; the node's own log says more", one) for one in said), said
 
         # None of them is anywhere but where its owner put it.
         assert found_in(reached, words | names) == set()

@@ -53,6 +53,18 @@ def test_it_follows_steps_and_not_rounds() -> None:
     assert part.federation(federation, Moment(99, 75, 100)).outer_lr == 0.125
 
 
+def test_it_begins_and_ends_within_the_run() -> None:
+    part, federation = OuterLrSchedule(last=2.0, begin=0.4, end=0.9), FederationConfig(outer_lr=0.5)
+    rates = [part.federation(federation, Moment(0, step, 100)).outer_lr for step in (0, 39, 40, 65, 90, 99)]
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("begin", "end"), [(-0.1, 1.0), (0.5, 0.5), (0.6, 0.5), (0.0, 1.1)])
+def test_an_empty_stretch_or_one_beyond_the_run_is_refused(begin: float, end: float) -> None:
+    with pytest.raises(ValueError, match="begin before end"):
+        OuterLrSchedule(begin=begin, end=end)
+
+
 def test_a_negative_rate_is_refused() -> None:
     with pytest.raises(ValueError, match="last"):
         OuterLrSchedule(last=-0.1)

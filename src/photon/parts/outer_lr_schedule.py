@@ -1,4 +1,4 @@
-"""A schedule of the outer learning rate, over the share of the run's sequential steps that lies behind."""
+"""A schedule of the outer learning rate, over a stretch of the run."""
 
 from __future__ import annotations
 
@@ -14,19 +14,36 @@ Kind = Literal["linear", "cosine"]
 
 @dataclass(frozen=True)
 class OuterLrSchedule(Part):
-    """From `federation.outer_lr` in the first round towards `last` times that, which the end of the run would have."""
+    """`federation.outer_lr` until `begin`, then on the way to `last` times that, which holds from `end` on.
+
+    `begin` and `end` are shares of the sequential steps.
+    """
 
     last: float = 0.1
+    begin: float = 0.0
+    end: float = 1.0
     kind: Kind = "linear"
 
     def __post_init__(self) -> None:
         if self.last < 0:
             raise ValueError("outer_lr_schedule: last is a share of federation.outer_lr, at least 0")
+        check_stretch("outer_lr_schedule", self.begin, self.end)
 
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
         """The rate of one round."""
-        scale = between(1.0, self.last, moment.done, self.kind)
+        scale = between(1.0, self.last, stretch(moment, self.begin, self.end), self.kind)
         return federation.model_copy(update={"outer_lr": federation.outer_lr * scale})
+
+
+def check_stretch(part: str, begin: float, end: float) -> None:
+    """Raises ValueError unless these are shares of a run, one before the other."""
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"{part}: begin and end are shares of the run, begin before end")
+
+
+def stretch(moment: Moment, begin: float, end: float) -> float:
+    """How much of a stretch of the run lies behind, from 0 to 1."""
+    return min(max((moment.done - begin) / (end - begin), 0.0), 1.0)
 
 
 def between(first: float, last: float, share: float, kind: Kind) -> float:

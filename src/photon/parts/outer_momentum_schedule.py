@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from photon.config import FederationConfig, Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Moment, Part
-from photon.parts.outer_lr_schedule import Kind, between
+from photon.parts.outer_lr_schedule import Kind, between, check_stretch, stretch
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class OuterMomentumSchedule(Part):
     def __post_init__(self) -> None:
         if not (0 <= self.first < 1 and 0 <= self.last < 1):
             raise ValueError("outer_momentum_schedule: first and last must be at least 0 and below 1")
-        if not 0 <= self.begin < self.end <= 1:
-            raise ValueError("outer_momentum_schedule: begin and end are shares of the run, begin before end")
+        check_stretch("outer_momentum_schedule", self.begin, self.end)
 
     def check(self, recipe: Recipe) -> None:
         """There is a momentum."""
@@ -35,8 +34,7 @@ class OuterMomentumSchedule(Part):
 
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
         """The momentum of one round."""
-        share = min(max((moment.done - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        momentum = between(self.first, self.last, share, self.kind)
+        momentum = between(self.first, self.last, stretch(moment, self.begin, self.end), self.kind)
         return federation.model_copy(update={"outer_momentum": momentum})
 
 

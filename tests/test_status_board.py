@@ -46,6 +46,10 @@ def rounds_of(events: list[Event]) -> list[RoundDone]:
     return [event for event in events if isinstance(event, RoundDone)]
 
 
+def unfinished(events: list[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event, RunFinished)]
+
+
 def told(events: list[Event]) -> History:
     history = History()
     for event in events:
@@ -133,9 +137,24 @@ def test_late_is_who_was_asked_and_has_not_answered_when_others_have(make_events
 
 
 def test_in_the_last_score_of_all_no_answer_has_steps(make_events: MakeEvents) -> None:
-    history = told(rounds_of(make_events(rounds=6)))
+    history = told(unfinished(make_events(rounds=6)))
     history.progress(done("alice", 6, steps=0), NOW)
     assert late(history, [peer("alice"), peer("bob", task=TASK)]) == ["bob"]
+
+
+def test_where_tau_varies_the_run_ends_by_its_steps(make_events: MakeEvents) -> None:
+    """Six rounds of 16 steps are planned; the third has all that is left, and no round after it."""
+    events = [
+        event.model_copy(update={"sequential_step": {1: 16, 2: 48, 3: 96}[event.round]})
+        if isinstance(event, RoundDone)
+        else event
+        for event in unfinished(make_events(rounds=3, planned=6))
+    ]
+    as_planned, last = told(events[: events.index(rounds_of(events)[0]) + 1]), told(events)
+    assert build_status(FACTS, as_planned, [], {}, NOW).rounds == 6
+    assert build_status(FACTS, last, [], {}, NOW).rounds is None
+    last.progress(done("alice", 3, steps=0), NOW)  # a mutant that counts rounds would wait for three more
+    assert late(last, [peer("alice"), peer("bob", task=TASK)]) == ["bob"]
 
 
 def test_a_node_is_not_late_because_of_its_own_answer() -> None:

@@ -77,7 +77,7 @@ class Status(_Entry):
     run: str
     recipe: str = ""
     round: int = Field(description="Rounds committed.")
-    rounds: int | None = None
+    rounds: int | None = Field(None, description="Rounds planned; None where a method has changed tau: nobody knows.")
     committed: float | None = Field(None, description="When the last of them was, in Unix seconds.")
     updated: float | None = Field(None, description="Unix seconds.")
     state: Literal["waiting for nodes", "training", "finished"] | None = None
@@ -100,6 +100,9 @@ class History:
     """What the round loop has said so far, folded. Counts are those of the events it was shown."""
 
     round: int = 0
+    step: int = 0  # sequential steps committed
+    tau: int = 0  # as the recipe has it; 0: not told yet
+    steps_planned: int = 0
     committed: float | None = None
     finished: bool = False
     counted: Counter[str] = field(default_factory=Counter)
@@ -112,9 +115,10 @@ class History:
     def fold(self, event: Event) -> None:
         """Take in one event, live or read back from metrics.jsonl."""
         if isinstance(event, RunStarted):
-            self.round, self.finished = event.first_round, False
+            self.round, self.step, self.finished = event.first_round, event.first_step, False
+            self.tau, self.steps_planned = event.tau, event.rounds * event.tau
         elif isinstance(event, RoundDone):
-            self.round, self.committed = event.round, event.time
+            self.round, self.step, self.committed = event.round, event.sequential_step, event.time
             self.counted.update(event.nodes.keys())
             self.refusals.update(node for node, reason in event.missing.items() if reason.startswith(_REFUSED))
             self.missing, self.suspended = dict(event.missing), dict(event.suspended)
@@ -137,9 +141,14 @@ class History:
             self.remarks.pop()
         self.remarks.append(Remark(time=now, text=line))
 
-    def has_answer_beside(self, node: str, rounds: int) -> bool:
+    def rounds_of(self, planned: int) -> int | None:
+        """The rounds of the run: as planned, unless rounds have had another tau. A run ends by its steps."""
+        return planned if self.step == self.round * self.tau or not self.tau else None
+
+    def has_answer_beside(self, node: str) -> bool:
         """Whether another node has answered. Scores alone are quick and say nothing, but for the last of all."""
-        return any(name != node and (steps > 0 or self.round >= rounds) for name, steps in self.answered)
+        trained = 0 < self.steps_planned <= self.step
+        return any(name != node and (steps > 0 or trained) for name, steps in self.answered)
 
 
 def build_status(
@@ -156,7 +165,7 @@ def build_status(
         run=facts.run,
         recipe=facts.recipe,
         round=history.round,
-        rounds=facts.rounds,
+        rounds=history.rounds_of(facts.rounds),
         committed=history.committed,
         updated=now,
         state=_state_of(facts, history, list(known.values())),
@@ -177,7 +186,7 @@ def _entry_of(facts: RunFacts, history: History, name: str, peer: Peer | None, n
         return entry
     changes: dict[str, object] = {
         "online": peer.is_online,
-        "late": peer.task is not None and history.has_answer_beside(name, facts.rounds),
+        "late": peer.task is not None and history.has_answer_beside(name),
         "last_heard_s_ago": round(max(0.0, now - peer.heard_at), 1) if peer.heard_at else None,
         "last_error": entry.last_error or one_line(peer.last_error, TEXT_CHARACTERS),
     }

@@ -5,37 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from tests import authorities
+from tests.authorities import at
 
 from photon import certificates, keys
 from photon.errors import InputError
 from photon.identity import client_context, server_context
 from photon.keys import create_authority, issue_node, issued, revoke
 
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority with a node `alice`, not to be changed."""
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    create_authority(folder)
-    issue_node(folder, "alice")
-    return folder
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(ready, tmp_path / "keys"))
-
-
-def at(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
-    """Let Photon's clock be `days` from the real one; OpenSSL's stays."""
-    monkeypatch.setattr(certificates, "now", lambda: datetime.now(UTC).replace(microsecond=0) + timedelta(days=days))
+ready, folder = authorities.ready, authorities.folder
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022])

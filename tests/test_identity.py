@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.handshakes import Peer, at, converse, loose_client, refused
+from tests import authorities
+from tests.authorities import Peer, at, converse, loose_client, refused
 
 from photon import keys
 from photon.errors import InputError, StateError
@@ -26,20 +26,7 @@ from photon.identity import (
 )
 from photon.keys import create_authority, issue_node, issued, revoke
 
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority with a node `alice`, not to be changed."""
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    create_authority(folder)
-    issue_node(folder, "alice")
-    return folder
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(ready, tmp_path / "keys"))
+ready, folder = authorities.ready, authorities.folder
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])

@@ -7,27 +7,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.handshakes import DEADLINE_S, at, converse, refused
+from tests import authorities
+from tests.authorities import DEADLINE_S, at, converse, refused
 
 from photon import certificates, keys
 from photon.errors import InputError, StateError
 from photon.identity import Revocations, bundle_identity, client_context, peer_identity, server_context
-from photon.keys import create_authority, issue_node, issue_operator, issued, renew_aggregator, revoke
+from photon.keys import issue_node, issue_operator, issued, renew_aggregator, revoke
 
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority with a node `alice`, not to be changed."""
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    create_authority(folder)
-    issue_node(folder, "alice")
-    return folder
-
-
-@pytest.fixture
-def folder(ready: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
-    return Path(shutil.copytree(ready, tmp_path / "keys"))
+ready, folder = authorities.ready, authorities.folder
 
 
 def test_after_a_revocation_a_new_key_counts_and_the_old_one_does_not(folder: Path) -> None:

@@ -1,7 +1,11 @@
-"""Connections over real TLS on 127.0.0.1, and Photon's clock set to another day."""
+"""An authority to test with, connections over real TLS on 127.0.0.1, and Photon's clock set to another day.
+
+A test module takes the fixtures by name: `ready, folder = authorities.ready, authorities.folder`.
+"""
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import threading
@@ -12,9 +16,25 @@ from typing import Any
 import pytest
 
 from photon import certificates
+from photon.keys import create_authority, issue_node
 
 DEADLINE_S = 10.0
 Peer = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority with a node `alice`, not to be changed."""
+    folder = tmp_path_factory.mktemp("keys") / "keys"
+    create_authority(folder)
+    issue_node(folder, "alice")
+    return folder
+
+
+@pytest.fixture
+def folder(ready: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(ready, tmp_path / "keys"))
 
 
 def at(monkeypatch: pytest.MonkeyPatch, days: float) -> None:

@@ -96,11 +96,16 @@ class RunView:
         return max(0, self.steps_planned - self.steps_done)
 
     @property
+    def keeps_tau(self) -> bool:
+        """Whether every round so far had the tau of the recipe, so that there will be as many as planned."""
+        return self.start is None or self.steps_done == self.rounds_done * self.start.tau
+
+    @property
     def rounds_planned(self) -> str:
         """Of the whole run; `~` before it where a method has changed tau: as many as there are if tau stays so now."""
         if self.start is None:
             return "?"
-        if self.steps_done == self.rounds_done * self.start.tau:
+        if self.keeps_tau:
             return str(self.start.rounds)
         if not self.steps_left:
             return str(self.rounds_done)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from photon.display import RunView
 from photon.events import Event, NodeProgress, RoundDone, RunFinished, RunStarted
 from photon.fabric.traffic import BlobTraffic, read_traffic
 from photon.link.partial import replace_file
@@ -100,9 +101,7 @@ class History:
     """What the round loop has said so far, folded. Counts are those of the events it was shown."""
 
     round: int = 0
-    step: int = 0  # sequential steps committed
-    tau: int = 0  # as the recipe has it; 0: not told yet
-    steps_planned: int = 0
+    view: RunView = field(default_factory=RunView)
     committed: float | None = None
     finished: bool = False
     counted: Counter[str] = field(default_factory=Counter)
@@ -114,11 +113,11 @@ class History:
 
     def fold(self, event: Event) -> None:
         """Take in one event, live or read back from metrics.jsonl."""
+        self.view.fold(event)
         if isinstance(event, RunStarted):
-            self.round, self.step, self.finished = event.first_round, event.first_step, False
-            self.tau, self.steps_planned = event.tau, event.rounds * event.tau
+            self.round, self.finished = event.first_round, False
         elif isinstance(event, RoundDone):
-            self.round, self.step, self.committed = event.round, event.sequential_step, event.time
+            self.round, self.committed = event.round, event.time
             self.counted.update(event.nodes.keys())
             self.refusals.update(node for node, reason in event.missing.items() if reason.startswith(_REFUSED))
             self.missing, self.suspended = dict(event.missing), dict(event.suspended)
@@ -143,12 +142,12 @@ class History:
 
     def rounds_of(self, planned: int) -> int | None:
         """The rounds of the run: as planned, unless rounds have had another tau. A run ends by its steps."""
-        return planned if self.step == self.round * self.tau or not self.tau else None
+        return planned if self.view.keeps_tau else None
 
     def has_answer_beside(self, node: str) -> bool:
         """Whether another node has answered. Scores alone are quick and say nothing, but for the last of all."""
-        trained = 0 < self.steps_planned <= self.step
-        return any(name != node and (steps > 0 or trained) for name, steps in self.answered)
+        is_trained = self.view.start is not None and not self.view.steps_left
+        return any(name != node and (steps > 0 or is_trained) for name, steps in self.answered)
 
 
 def build_status(

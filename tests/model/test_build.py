@@ -55,6 +55,15 @@ def test_the_paper_s_sizes(layers: int, width: int, heads: int, billions: float)
     assert count.total / 1e9 == pytest.approx(billions, rel=0.005)
 
 
+def test_counting_waits_for_no_compiler() -> None:
+    """`photon presets` counts every model: with torch's compiler that was seven seconds."""
+    code = (
+        "import sys; from photon.results import presets_table; presets_table(); "
+        "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'sympy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_weights_move_by_name_into_the_same_memory() -> None:
     source, target = build_model(CONFIG, 40, 8, seed=1), build_model(CONFIG, 40, 8, seed=2)
     places = {name: weight.data_ptr() for name, weight in named_weights(target).items()}

@@ -61,7 +61,7 @@ def test_counting_waits_for_no_compiler() -> None:
         "import sys; from photon.results import presets_table; presets_table(); "
         "sys.exit(any(m in sys.modules for m in ('torch._dynamo', 'sympy')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_weights_move_by_name_into_the_same_memory() -> None:

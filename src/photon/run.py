@@ -214,7 +214,7 @@ def _largest_body(recipe: Recipe, state: GlobalState) -> int:
 def _untrained(run: Run, model: LanguageModel) -> GlobalState:
     method = Method.of(run.recipe)
     if kinds := method.shared_state:
-        from photon.node.optimizers import build_optimizer  # here: it brings torch's compiler, 80 MB
+        from photon.node.optimizers import build_optimizer  # here: torch's own bring its compiler, 80 MB
         from photon.node.shared import shared_tensors
 
         optimizer = method.optimizer(build_optimizer(model, run.recipe.node, torch.device("cpu")))

@@ -39,6 +39,7 @@ from photon.node.shared import shared_tensors
 from photon.node.state import NodeStore
 from photon.node.trainer import Trainer
 from photon.parts.method import Method
+from photon.recipe import dump_recipe, parse_recipe
 from photon.track import JsonlSink, Tracker, read_events, truncate_to
 
 RUN = "run-of-a-test"
@@ -74,6 +75,11 @@ def tiny_recipe(silos: Sequence[str] | Mapping[str, Any] = ("ada", "bob", "cyd")
     for section, changes in sections.items():
         base[section] = base.get(section, {}) | changes if isinstance(changes, Mapping) else changes
     return Recipe.model_validate(base)
+
+
+def read_again(recipe: Recipe, *, of_node: bool = False) -> Recipe:
+    """The recipe written down and read: with every check."""
+    return parse_recipe(dump_recipe(recipe), "recipe.toml", of_node=of_node)
 
 
 class Text:

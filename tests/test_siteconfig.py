@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.support import tiny_recipe
+from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
+from photon.parts.method import Method, part_class, part_names
 from photon.siteconfig import Caps, SiteConfig, load_site, node_recipe
 
 DAY = 24 * 60
@@ -170,6 +171,21 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 RUN = tiny_recipe({"ada": {"text": [], "batch_size": 4, "tau": 3}, "bob": {"text": []}})
 
 
+# Of parts that do not go with plain FedAvg by SGD: how they are written, and what they need.
+_NESTEROV = {"federation": {"outer": "nesterov"}}
+_ADAMW = {"node": {"optimizer": "adamw"}}
+PARTS_OF_A_SITE: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedlalr": ("fedlalr", _ADAMW | {"federation": {"weighting": "uniform"}}),
+    "momentum_warmup": ("momentum_warmup", _NESTEROV),
+    "outer_momentum_schedule": ("outer_momentum_schedule", _NESTEROV),
+    "share": ("share(second=2)", _ADAMW),
+    "slow_momentum": ("slow_momentum", _ADAMW),
+    "stale": ("stale", {"federation": {"quorum": 0.5}}),
+    "tau_ramp": ("tau_ramp(first=1)", {}),
+    "trimmed_mean": ("trimmed_mean(share=0.3)", {}),
+}
+
+
 def test_the_owner_puts_its_own_in_and_leaves_the_rest(tmp_path: Path) -> None:
     own = node_recipe(RUN, "ada", SiteConfig(text=["/mine"], field="body", device="cpu", threads=3))
     (silo,) = own.silo
@@ -207,6 +223,18 @@ def test_the_shorter_update_norm_holds() -> None:
     assert [norm(None, None), norm(2.0, None), norm(None, 3.0), norm(2.0, 3.0), norm(3.0, 2.0)] == [
         None, 2.0, 3.0, 2.0, 2.0,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", part_names())
+def test_a_site_can_read_a_recipe_of_any_part(name: str) -> None:
+    """It knows one owner, itself; what a part needs of all of them, it cannot see."""
+    text, changes = PARTS_OF_A_SITE.get(name, (name, {}))
+    sections = {"federation": {"rounds": 4, "parts": [text]} | changes.get("federation", {})}
+    run = tiny_recipe("abcd", **changes | sections)
+    read_again(run)  # as the Aggregator reads it
+    own = node_recipe(run, "b", SiteConfig(text=["/mine"]))
+    assert read_again(own, of_node=True) == own
+    assert [type(part).__name__ for part in Method.of(own).parts] == [part_class(name).__name__]
 
 
 def test_a_sampled_run_becomes_a_recipe_of_one_node() -> None:

@@ -22,13 +22,13 @@ _PRESET_SUFFIX = ".toml"
 _TOML_INTEGERS = range(-(2**63), 2**63)  # TOML 1.0 promises 64 bits, tomllib reads any size
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: a preset by its name, or else a TOML file (UTF-8). Overrides as in `parse_recipe`.
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, of_node: bool = False) -> Recipe:
+    """Read a recipe: a preset by its name, or else a TOML file (UTF-8). The rest as in `parse_recipe`.
 
     Raises ConfigError if there is no such preset or file, or for everything `parse_recipe` refuses.
     """
     if isinstance(source, str) and source in preset_names():
-        return parse_recipe(preset_text(source), f"preset {source}", overrides)
+        return parse_recipe(preset_text(source), f"preset {source}", overrides, of_node=of_node)
     path = Path(source)
     if isinstance(source, str) and path.suffix != _PRESET_SUFFIX and path.name == source and not path.is_file():
         raise ConfigError(f"there is no preset and no file `{source}`; {hint(source, preset_names())}")
@@ -38,16 +38,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: no such file; `photon presets` lists the built-in recipes") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a recipe (UTF-8 TOML): {error}") from error
-    return parse_recipe(text, str(path), overrides)
+    return parse_recipe(text, str(path), overrides, of_node=of_node)
 
 
-def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(text: str, place: str, overrides: Sequence[str] = (), *, of_node: bool = False) -> Recipe:
     """Validate a recipe's TOML text; `place` names it in messages.
 
     An override is `section.option=value`, `option=value` for those at the top, `silo.NAME.option=value` for one
     owner, or `silo=[...]` for all owners anew. Values are TOML; a bare word is text. Later overrides win. An override
     of `model.preset` replaces the whole shape that `text` describes, except for the parts overridden beside it;
-    `link.preset`, also written `link=tiny`, likewise.
+    `link.preset`, also written `link=tiny`, likewise. A recipe `of_node` is that of one site, which has taken the other
+    owners out: what needs several nodes is not refused then.
 
     Raises ConfigError that lists every problem found, one line each.
     """
@@ -84,7 +85,10 @@ def parse_recipe(text: str, place: str, overrides: Sequence[str] = ()) -> Recipe
     if recipe.federation.parts:
         from photon.parts.method import Method  # here, because it brings torch: plain recipes need none
 
-        check_moments(recipe.link, Method.of(recipe).shared_state)
+        method = Method.of(recipe)
+        check_moments(recipe.link, method.shared_state)
+        if not of_node:
+            method.check_nodes(recipe.nodes_per_round)
     return recipe
 
 

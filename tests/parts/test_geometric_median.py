@@ -19,7 +19,7 @@ from tests.parts.updates import (
     plain_mean,
     stacked,
 )
-from tests.support import tiny_recipe
+from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
 from photon.parts.geometric_median import GeometricMedian
@@ -136,5 +136,5 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match="geometric_median"):
             GeometricMedian(**parameters)
     with pytest.raises(ConfigError, match="three nodes"):
-        Method.of(tiny_recipe(("ada", "bob"), federation={"parts": ["geometric_median"]}))
+        read_again(tiny_recipe(("ada", "bob"), federation={"parts": ["geometric_median"]}))
     assert Method.of(tiny_recipe(federation={"parts": ["geometric_median(iterations=8)"]})).merged is not None

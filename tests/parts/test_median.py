@@ -20,7 +20,7 @@ from tests.parts.updates import (
     plain_mean,
     stacked,
 )
-from tests.support import tiny_recipe
+from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
 from photon.parts.median import Median
@@ -89,9 +89,9 @@ def test_what_a_lossy_codec_left_is_what_is_merged(tmp_path: Path) -> None:
 
 def test_two_nodes_have_no_median() -> None:
     with pytest.raises(ConfigError, match="three nodes"):
-        Method.of(tiny_recipe(("ada", "bob"), federation={"parts": ["median"]}))
+        read_again(tiny_recipe(("ada", "bob"), federation={"parts": ["median"]}))
     with pytest.raises(ConfigError, match="three nodes"):
-        Method.of(tiny_recipe(federation={"parts": ["median"], "nodes_per_round": 2}))
+        read_again(tiny_recipe(federation={"parts": ["median"], "nodes_per_round": 2}))
     with pytest.raises(ConfigError, match="own merged"):
         Method.of(tiny_recipe(federation={"parts": ["median", "geometric_median"]}))
     assert Method.of(tiny_recipe(federation={"parts": ["median"]})).merged is not None

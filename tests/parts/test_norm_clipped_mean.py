@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.parts.updates import Listed, difference, honest, in_every_order, lying, mean, merged, one_round, stacked
-from tests.support import tiny_recipe
+from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
 from photon.parts.method import Method
@@ -94,5 +94,5 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match="times"):
             NormClippedMean(times)
     with pytest.raises(ConfigError, match="three nodes"):
-        Method.of(tiny_recipe(("ada", "bob"), federation={"parts": ["norm_clipped_mean"]}))
+        read_again(tiny_recipe(("ada", "bob"), federation={"parts": ["norm_clipped_mean"]}))
     assert Method.of(tiny_recipe(federation={"parts": ["norm_clipped_mean(times=2)"]})).merged is not None

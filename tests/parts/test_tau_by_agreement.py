@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support import Federation, tiny_recipe
+from tests.support import Federation, read_again, tiny_recipe
 
 from photon.config import FederationConfig, Recipe
 from photon.errors import ConfigError
@@ -81,6 +81,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="begins with"):
         Method.of(recipe("tau_by_agreement(least=4)"))
     with pytest.raises(ConfigError, match="two nodes"):
-        Method.of(tiny_recipe(["ada"], federation={"parts": ["tau_by_agreement"]}))
+        read_again(tiny_recipe(["ada"], federation={"parts": ["tau_by_agreement"]}))
     with pytest.raises(ConfigError, match="tau of its own"):
         Method.of(tiny_recipe({"ada": {"tau": 1}, "bob": {}}, federation={"parts": ["tau_by_agreement"]}))

@@ -18,7 +18,7 @@ from tests.parts.updates import (
     plain_mean,
     stacked,
 )
-from tests.support import tiny_recipe
+from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
 from photon.parts.method import Method
@@ -97,5 +97,5 @@ def test_what_leaves_out_nothing_or_all_is_refused() -> None:
         with pytest.raises(ValueError, match="share"):
             TrimmedMean(share)
     with pytest.raises(ConfigError, match="leaves out nothing of 3 updates"):
-        Method.of(tiny_recipe(federation={"parts": ["trimmed_mean"]}))
+        read_again(tiny_recipe(federation={"parts": ["trimmed_mean"]}))
     assert Method.of(tiny_recipe(federation={"parts": ["trimmed_mean(share=0.34)"]})).merged is not None

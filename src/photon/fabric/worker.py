@@ -42,7 +42,7 @@ class Worker:
 
     def __init__(self, run: RunFolder, plan: WorkerPlan) -> None:
         self.run, self.identity = run, run.identity()
-        self.recipe: Recipe = load_recipe(run.recipe)
+        self.recipe: Recipe = load_recipe(run.recipe, of_node=True)
         length = self.recipe.data.sequence_length
         model = build_model(self.recipe.model, self.identity.vocab_size, length, self.recipe.seed)
         method = Method.of(self.recipe)

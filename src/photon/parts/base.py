@@ -67,7 +67,11 @@ class Part:
     # At both ends.
 
     def check(self, recipe: Recipe) -> None:
-        """Raises ConfigError if the recipe does not suit the part. Called when the recipe is read."""
+        """Raises ConfigError if the recipe does not suit the part. Called when the recipe is read, also at a site,
+        where it names one owner: how many there are is for `check_nodes`."""
+
+    def check_nodes(self, nodes: int) -> None:
+        """Raises ConfigError if the part has no use for the updates of so few nodes a round."""
 
     def shared_state(self) -> frozenset[str]:
         """Kinds of optimizer state that are shared beside the weights, such as `exp_avg`."""

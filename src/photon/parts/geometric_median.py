@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part, Updates
 from photon.parts.pieces import merged_by, summed_by
@@ -36,9 +35,9 @@ class GeometricMedian(Part):
         if self.iterations < 1 or self.smoothing <= 0:
             raise ValueError("geometric_median: iterations is at least 1, smoothing above 0")
 
-    def check(self, recipe: Recipe) -> None:
+    def check_nodes(self, nodes: int) -> None:
         """Between two updates any point is a geometric median."""
-        if recipe.nodes_per_round < 3:
+        if nodes < 3:
             raise ConfigError("federation.parts: geometric_median needs three nodes a round")
 
     def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:

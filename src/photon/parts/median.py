@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part, Updates
 from photon.parts.pieces import merged_by, ordered
@@ -22,9 +21,9 @@ from photon.parts.pieces import merged_by, ordered
 class Median(Part):
     """Value by value the middle of the updates."""
 
-    def check(self, recipe: Recipe) -> None:
+    def check_nodes(self, nodes: int) -> None:
         """The median of two is their mean."""
-        if recipe.nodes_per_round < 3:
+        if nodes < 3:
             raise ConfigError("federation.parts: median needs three nodes a round; of two it is the mean")
 
     def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:

@@ -103,6 +103,11 @@ class Method:
         for part in self.parts:
             part.check(recipe)
 
+    def check_nodes(self, nodes: int) -> None:
+        """Raises ConfigError if the updates of so few nodes a round do not suit a part."""
+        for part in self.parts:
+            part.check_nodes(nodes)
+
     def _check_held_back(self) -> None:
         averages = any(changes(part, "averages") for part in self.parts)
         partial = self.is_partial or self.keeps_weights or self.shared_state

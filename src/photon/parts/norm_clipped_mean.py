@@ -16,7 +16,6 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part, Updates
 from photon.parts.pieces import merged_by, summed_by
@@ -32,9 +31,9 @@ class NormClippedMean(Part):
         if self.times <= 0:
             raise ValueError("norm_clipped_mean: times is above 0")
 
-    def check(self, recipe: Recipe) -> None:
+    def check_nodes(self, nodes: int) -> None:
         """One update is its own median; of two, a long one raises the median with it."""
-        if recipe.nodes_per_round < 3:
+        if nodes < 3:
             raise ConfigError("federation.parts: norm_clipped_mean needs three nodes a round")
 
     def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:

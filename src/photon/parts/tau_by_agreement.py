@@ -32,7 +32,7 @@ class TauByAgreement(Part):
             raise ValueError("tau_by_agreement: least must be at least 1, and most no less than that")
 
     def check(self, recipe: Recipe) -> None:
-        """The tau that it begins with is within the bounds; there is a pair of nodes to agree."""
+        """The tau that it begins with is within the bounds."""
         refuse_own_taus(recipe, "tau_by_agreement")
         tau = recipe.federation.tau
         if not self.least <= tau <= self.most:
@@ -40,7 +40,10 @@ class TauByAgreement(Part):
                 f"federation.parts: tau_by_agreement keeps tau from {self.least} to {self.most}, "
                 f"and federation.tau = {tau}, which it begins with, is not there"
             )
-        if recipe.nodes_per_round < 2:
+
+    def check_nodes(self, nodes: int) -> None:
+        """There is a pair of nodes to agree."""
+        if nodes < 2:
             raise ConfigError("federation.parts: tau_by_agreement needs two nodes a round: one agrees with nobody")
 
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:

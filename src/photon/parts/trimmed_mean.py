@@ -16,7 +16,6 @@ from math import floor
 import torch
 from torch import Tensor
 
-from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part, Updates
 from photon.parts.pieces import merged_by, ordered
@@ -32,12 +31,12 @@ class TrimmedMean(Part):
         if not 0 < self.share < 0.5:
             raise ValueError("trimmed_mean: share is what is left out at each end, above 0 and below 0.5")
 
-    def check(self, recipe: Recipe) -> None:
+    def check_nodes(self, nodes: int) -> None:
         """With few nodes a share may come to nobody."""
-        if not self._left_out(recipe.nodes_per_round):
+        if not self._left_out(nodes):
             raise ConfigError(
-                f"federation.parts: trimmed_mean(share={self.share:g}) leaves out nothing of "
-                f"{recipe.nodes_per_round} updates: give a larger share, or more nodes"
+                f"federation.parts: trimmed_mean(share={self.share:g}) leaves out nothing of {nodes} updates: "
+                "give a larger share, or more nodes"
             )
 
     def merged(self, updates: Updates) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ The network changes what one node says; the round must end, to the last bit, as 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from photon.aggregator.updates import UpdateReader
 from photon.aggregator.validate import Verified, verify_identity, verify_training
 from photon.errors import ReplyRefusedError, RoundFailedError, WireError
 from photon.fabric.base import Arrival, Lost
-from photon.link.tensors import decode_tensors
-from photon.link.update import Message, Task, decode_message, expect_reply, expect_task
+from photon.link.tensors import decode_tensors, sha256_hex
+from photon.link.update import Message, Task, decode_message, encode_message, expect_reply, expect_task
 
 RECIPE = tiny_recipe(federation={"rounds": 1, "quorum": 0.5})
 NORM, EMBEDDING = "norm.weight", "embed_tokens.weight"
@@ -51,6 +52,14 @@ def replaced(name: str, change: Callable[[Tensor], Tensor]) -> Lie:
 def one_value(value: float) -> Lie:
     """A single number in the middle of an update is exchanged."""
     return replaced(EMBEDDING, lambda tensor: tensor.index_put((torch.tensor(3), torch.tensor(4)), torch.tensor(value)))
+
+
+def huge_strides(message: bytes) -> bytes:
+    """A tensor without a value, whose sizes torch cannot multiply, under the name of one with values."""
+    reply = expect_reply(decode_message(message))
+    header = json.dumps({NORM: {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}}).encode()
+    body = len(header).to_bytes(8, "little") + header
+    return encode_message(reply.model_copy(update={"body_sha256": sha256_hex(body)}), body)
 
 
 def twice(wire: Tensor) -> Tensor:
@@ -100,6 +109,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "a narrower dtype": (replaced(NORM, lambda tensor: tensor.half()), "is torch.float16"),
     "a wider dtype": (replaced(NORM, lambda tensor: tensor.double()), "takes 64 bytes; exact makes 32 at most"),
     "more than can be": (replaced(NORM, lambda tensor: tensor.repeat(9)), "takes 288 bytes; exact makes 32 at most"),
+    "sizes that torch cannot multiply": (huge_strides, "more than can be addressed"),
     "a tensor is missing": (values(lambda u: {k: v for k, v in u.items() if k != NORM}), "lacks 1 tensors"),
     "a tensor too many": (values(lambda u: u | {"back.door": torch.zeros(1)}), "unknown tensor 'back.door'"),
     "no update": (values(lambda _: {}), "lacks"),

@@ -100,6 +100,12 @@ def negative(update: dict[str, Tensor]) -> bytes:
     return with_header(json.dumps(header).encode(), rest)
 
 
+def unaddressable(update: dict[str, Tensor]) -> bytes:
+    """One tensor that takes no byte, of a shape that torch cannot make."""
+    entry = {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]}
+    return with_header(json.dumps({min(update): entry}).encode(), b"")
+
+
 def doubled(update: dict[str, Tensor]) -> bytes:
     header, rest = parts_of(encode_tensors(update))
     name = min(header)
@@ -260,6 +266,7 @@ def all_lies(honest_id: Callable[[], int]) -> list[Told]:
         Told("overlapping tensors", body(overlapping), "begins at byte"),
         Told("a huge header", body(lambda u: (2**62).to_bytes(8, "little") + encode_tensors(u)[8:]), "declares"),
         Told("negative numbers", body(negative), "natural numbers"),
+        Told("sizes beyond torch", body(unaddressable), "more than can be addressed"),
         Told("a name twice", body(doubled), "occurs twice"),
         Told("deep nesting", body(lambda u: with_header(b'{"a":' * 1500, b"")), "is not JSON"),
         Told("a long header", body(padded), "declares"),

@@ -25,6 +25,7 @@ from photon.link.body import Body, pieces, read_body
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 1_000_000
 _HEADER_LENGTH_BYTES = 8
+_END = 2**62  # of sizes, offsets and strides: torch counts in 64 bits, with a sign
 # In the library's order of writing: a later dtype comes first.
 _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
@@ -186,6 +187,9 @@ def _spec(name: str, entry: object) -> TensorSpec:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise WireError(f"tensor {name!r}: shape and data_offsets must be natural numbers")
+    # A size of 0 hides what the others come to, and torch multiplies them all the same: strides are their products.
+    if prod(max(1, size) for size in shape) * dtype.itemsize >= _END:
+        raise WireError(f"tensor {name!r}: shape {shape} is more than can be addressed")
     begin, end = offsets
     if prod(shape) * dtype.itemsize != end - begin:
         raise WireError(f"tensor {name!r}: shape {shape} of {entry['dtype']} does not fill {end - begin} bytes")
@@ -193,7 +197,7 @@ def _spec(name: str, entry: object) -> TensorSpec:
 
 
 def _naturals(values: object) -> bool:
-    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < 2**62 for v in values)
+    return isinstance(values, list) and len(values) <= 64 and all(type(v) is int and 0 <= v < _END for v in values)
 
 
 def _view(data: memoryview, spec: TensorSpec) -> Tensor:

@@ -20,6 +20,7 @@ from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingR
 
 # Nats, or bytes of text, that one held-out token may stand for: far beyond any model or tokenizer.
 MAX_PER_TOKEN = 1e4
+_MOST_SECONDS = 1e9  # 31 years, and means of many are still finite numbers
 # What a report says for the record alone must not spoil the record: sums and means of it stay finite numbers.
 _MOST_REPORTED = {
     "loss_first": MAX_PER_TOKEN,
@@ -27,11 +28,11 @@ _MOST_REPORTED = {
     "loss_mean": MAX_PER_TOKEN,
     "gradient_norm_mean": 3.5e38,  # float32's largest
     "learning_rate": 1e6,
-    "seconds": 1e9,
+    "seconds": _MOST_SECONDS,
     "epoch": 1e9,
-    "receive_s": 1e9,
-    "encode_s": 1e9,
-    "save_s": 1e9,
+    "receive_s": _MOST_SECONDS,
+    "encode_s": _MOST_SECONDS,
+    "save_s": _MOST_SECONDS,
 }
 
 
@@ -110,7 +111,7 @@ def training_report(reply: Reply) -> TrainingReport:
 
 
 def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
-    """The report of an evaluate reply. Raises ReplyRefusedError if there is none, or it counts nothing or too much."""
+    """The report of an evaluate reply. Raises ReplyRefusedError if there is none, or its numbers cannot be."""
     report = reply.evaluation
     if report is None or report.tokens < 1 or report.text_bytes <= 0:
         raise ReplyRefusedError("carries no evaluation report")
@@ -119,4 +120,6 @@ def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
     for name in ("nats", "unigram_nats", "text_bytes"):
         if not 0 <= getattr(report, name) <= MAX_PER_TOKEN * report.tokens:
             raise ReplyRefusedError(f"claims {getattr(report, name):g} {name} for {report.tokens} tokens")
+    if not 0 <= report.seconds <= _MOST_SECONDS:
+        raise ReplyRefusedError(f"took {report.seconds:g} seconds to score; it is from 0 to {_MOST_SECONDS:g}")
     return report

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
 
-from photon.devices import DECODE_BYTES_PER_S, DISK_BYTES_PER_S, MERGE_BYTES_PER_S
+from photon.devices import (
+    DECODE_BYTES_PER_S,
+    DISK_BYTES_PER_S,
+    ENCODE_BYTES_PER_S,
+    MERGE_BYTES_PER_S,
+    OUTER_BYTES_PER_S,
+)
 from photon.events import Event, RoundDone, RunStarted
 from photon.link.ledger import Flow, Traffic
 from photon.report import render_report
@@ -142,6 +149,90 @@ def test_what_lossy_codecs_keep_is_written_too(make_events: MakeEvents) -> None:
     assert lossy["node: update and state to disk"][0] == pytest.approx(6_000_000 / DISK_BYTES_PER_S)
     assert exact["node: update and state to disk"][0] == pytest.approx(2_000_000 / DISK_BYTES_PER_S)
     assert lossy["Aggregator: commit"][0] == pytest.approx((2 * 4_000_000 + 1_000_000) / DISK_BYTES_PER_S)
+
+
+def changed(events: list[Event], change: Callable[[RoundDone], dict[str, Any]]) -> list[Event]:
+    return [event.model_copy(update=change(event)) if isinstance(event, RoundDone) else event for event in events]
+
+
+def with_taus(events: list[Event], taus: Sequence[int]) -> list[Event]:
+    """Rounds of these local steps, each of which takes the slowest node a quarter of a second."""
+    steps = list(accumulate(taus))
+
+    def change(event: RoundDone) -> dict[str, Any]:
+        tau = taus[event.round - 1]
+        nodes = {
+            name: node.model_copy(update={"steps": tau, "seconds": 0.25 * tau * (1.0 if name == "bob" else 0.5)})
+            for name, node in event.nodes.items()
+        }
+        return {"nodes": nodes, "sequential_step": steps[event.round - 1]}
+
+    return changed(events, change)
+
+
+@pytest.mark.parametrize("part", ["tau_ramp(first=2)", "tau_by_agreement(low=0.2, high=0.6)"])
+def test_steps_are_those_that_the_rounds_took(part: str, make_events: MakeEvents) -> None:
+    """Speed is that of the second round's own steps, and later rounds take as many as they took."""
+    text = recipe(more=f'parts = ["{part}"]')
+    found = rows(with_taus(recorded(make_events), [4, 9, 14, 18, 23, 28]), text)
+    assert found["node: train"] == pytest.approx((0.25 * (14 + 18 + 23 + 28) / 4,) * 2)
+
+
+def exchanging(events: list[Event], up: Sequence[int], down: int) -> list[Event]:
+    """Updates of so many bytes of float32 in each round, and a base of `down`; carol sends hers twice."""
+
+    def change(event: RoundDone) -> dict[str, Any]:
+        link = {
+            name: Traffic(
+                up=Flow(raw=up[event.round - 1] * (2 if name == "carol" else 1), body=2_000_000),
+                down=Flow(raw=down, body=1_000_000),
+            )
+            for name in NAMES
+        }
+        return {"round_link": link}
+
+    return changed(events, change)
+
+
+SHARE, SGD, ADAMW = 'parts = ["share"]', 'optimizer = "sgd"', 'optimizer = "adamw"'
+
+
+def test_shared_optimizer_state_is_moved_too(make_events: MakeEvents) -> None:
+    """Weights and both moments, three times the model, are decoded, encoded, merged and written."""
+    text = recipe(more=SHARE).replace(SGD, ADAMW)
+    found = rows(exchanging(recorded(make_events), [12_000_000] * 6, 12_000_000), text)
+    state = 8_000_000  # both moments in the node's own state
+    assert found["node: decode, load"][0] == pytest.approx((12_000_000 + state) / DECODE_BYTES_PER_S)
+    assert found["node: encode the update"][0] == pytest.approx(12_000_000 / ENCODE_BYTES_PER_S)
+    assert found["node: update and state to disk"][0] == pytest.approx((state + 2_000_000) / DISK_BYTES_PER_S)
+    assert found["Aggregator: verify, merge"][0] == pytest.approx(3 * 12_000_000 / MERGE_BYTES_PER_S)
+    outer = 12_000_000 / OUTER_BYTES_PER_S + 12_000_000 / DISK_BYTES_PER_S
+    assert found["Aggregator: outer step, new base"][0] == pytest.approx(outer)
+
+
+def test_the_state_of_a_parts_own_optimizer_is_read_and_written(make_events: MakeEvents) -> None:
+    """Three numbers for each of the model's, where the recipe's AdamW would keep two."""
+    own = ADAMW + "\nweight_decay = 0.0\nclip_norm = 0.0"
+    text = recipe(more='parts = ["fedlalr"]\nweighting = "uniform"\nouter_lr = 1.0').replace(SGD, own)
+    text = text.replace('"nesterov"', '"fedavg"')
+    found = rows(exchanging(recorded(make_events), [12_000_000] * 6, 12_000_000), text)
+    assert found["node: decode, load"][0] == pytest.approx((12_000_000 + 12_000_000) / DECODE_BYTES_PER_S)
+
+
+def test_a_fragment_is_what_is_encoded_and_merged(make_events: MakeEvents) -> None:
+    text = recipe(more='parts = ["fragments(count=2)"]')
+    found = rows(exchanging(recorded(make_events), [2_000_000] * 6, 4_000_000), text)
+    assert found["node: encode the update"][0] == pytest.approx(2_000_000 / ENCODE_BYTES_PER_S)
+    assert found["node: decode, load"][0] == pytest.approx((4_000_000 + 4_000_000) / DECODE_BYTES_PER_S)
+
+
+def test_no_table_where_rounds_exchange_different_tensors_in_turn(make_events: MakeEvents) -> None:
+    text = recipe(more='parts = ["share(first=3, second=6)"]').replace(SGD, ADAMW)
+    once, twice, thrice = 4_000_000, 8_000_000, 12_000_000
+    found = compared(exchanging(recorded(make_events), [once, once, twice, once, once, thrice], thrice), text)
+    assert found is not None
+    assert not found.rows
+    assert "different tensors in turn" in found.why_not
 
 
 def test_no_table_without_three_rounds_or_for_runs_that_did_not_record_it(make_events: MakeEvents) -> None:

@@ -10,8 +10,9 @@ from statistics import fmean
 from photon.config import Recipe
 from photon.devices import assumed_speed
 from photon.errors import ConfigError
+from photon.estimate import Shared
 from photon.events import NodeRound, RoundDone, RunStarted
-from photon.plan_bytes import RoundBytes
+from photon.plan_bytes import FLOAT32_BYTES, RoundBytes, Turn
 from photon.plan_exchange import LinkSpeed
 from photon.planner import PhaseComparison, RoundPrediction, compare, predict_round
 from photon.recipe import parse_recipe
@@ -30,6 +31,7 @@ _WORDS = {
     _COMMIT: "Aggregator: commit",
 }
 _FIRST_MEASURED = 3  # rounds; the first starts everything up, the second is what the prediction builds on
+_ALIKE = 0.1  # rounds that exchange so much more or less than the second are told nothing by it
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Comparison:
 def predicted_and_measured(start: RunStarted, rounds: Mapping[int, RoundDone], recipe_text: str) -> Comparison | None:
     """A mean round from the third on. None where a run has too few rounds, or recorded no such phases.
 
-    Nothing of the rounds that are predicted enters the prediction: speeds of training and scoring, and what messages
+    Of the rounds that are predicted only tau enters the prediction: speeds of training and scoring, and what messages
     and transfer take, are those of the second round; the rest follows from rates that `photon.devices` assumes.
     """
     later = [event for number, event in rounds.items() if number >= _FIRST_MEASURED]
@@ -56,10 +58,18 @@ def predicted_and_measured(start: RunStarted, rounds: Mapping[int, RoundDone], r
         return Comparison([], why_not="no prediction: this version of Photon cannot read the recipe")
     if recipe.federation.outer == "none":
         return None  # the baseline: other owners' scoring happens beside the one that trains
+    usual, mean_bytes = _exchanged_bytes(rounds[2]), fmean(map(_exchanged_bytes, later))
+    if abs(mean_bytes - usual) > _ALIKE * usual:
+        return Comparison(
+            [],
+            why_not="no prediction: rounds exchange different tensors in turn, and how long messages and transfer take "
+            "is only known of the second round's",
+        )
     at_once = start.workers if recipe.link.fabric == "local" else None
     measured = [phases_of(event, at_once) for event in later]
     mean = {phase: fmean(one[phase] for one in measured) for phase in measured[0]}
-    prediction = _prediction(recipe, start, rounds[1], rounds[2], at_once)
+    tau = (later[-1].sequential_step - rounds[2].sequential_step) / (later[-1].round - 2)
+    prediction = _prediction(recipe, start, rounds[1], rounds[2], at_once, tau)
     due = sum((event.round - 1) % recipe.evaluation.every == 0 for event in later)
     prediction.phases_s["evaluate"] *= recipe.evaluation.every * due / len(later)
     rows = [replace(row, phase=_WORDS[row.phase]) for row in compare(prediction, mean)]
@@ -98,11 +108,13 @@ def _parts(node: NodeRound) -> dict[str, float]:
 
 
 def _prediction(
-    recipe: Recipe, start: RunStarted, first: RoundDone, second: RoundDone, at_once: int | None
+    recipe: Recipe, start: RunStarted, first: RoundDone, second: RoundDone, at_once: int | None, tau: float
 ) -> RoundPrediction:
+    """`tau`: the mean over the rounds that are predicted; a part may have set another one for the second."""
     timed = phases_of(second, at_once)
     waves = math.ceil(len(second.nodes) / at_once) if at_once else 1
-    steps = max(recipe.tau_of(silo) * recipe.batch_size_of(silo) for silo in recipe.silo)
+    second_tau = second.sequential_step - first.sequential_step
+    steps = max((silo.tau or second_tau) * recipe.batch_size_of(silo) for silo in recipe.silo)
     scored = timed["evaluate"] or phases_of(first, at_once)["evaluate"]
     machine = replace(
         assumed_speed(waves * steps * recipe.data.sequence_length / max(timed["train"], 1e-9)),
@@ -113,14 +125,55 @@ def _prediction(
     line = LinkSpeed(math.inf, math.inf, math.inf, handshakes=0.0, control_round_trips=0.0)  # its time is in control_s
     bodies = list(second.round_link.values())
     sends_differences, is_lossy = _downlink(recipe)
+    down_bytes = max((traffic.down.body for traffic in bodies), default=0)
+    up_bytes = 0 if at_once else max((traffic.up.body for traffic in bodies), default=0)  # here it stays in memory
+    exchanged_bytes = _exchanged_bytes(second)
     sizes = RoundBytes(
-        down_bytes=max((traffic.down.body for traffic in bodies), default=0),
-        up_bytes=0 if at_once else max((traffic.up.body for traffic in bodies), default=0),  # here it stays in memory
+        down_bytes=down_bytes,
+        up_bytes=up_bytes,
         whole_bytes=start.payload_bytes,
         sends_differences=sends_differences,
         down_is_lossy=is_lossy,
+        turns=(Turn(down_bytes, up_bytes, exchanged_bytes),) if exchanged_bytes else (),
+        shared=_shared(recipe, start, first, exchanged_bytes),
     )
-    return predict_round(recipe, start.parameters, sizes, machine, line)
+    return predict_round(recipe, start.parameters, sizes, machine, line, tau=tau)
+
+
+def _exchanged_bytes(event: RoundDone) -> int:
+    """An update as float32, shared optimizer state included. A node that replied twice has two on its account."""
+    return min((link.up.raw for name, link in event.round_link.items() if name in event.nodes), default=0)
+
+
+def _shared(recipe: Recipe, start: RunStarted, first: RoundDone, exchanged_bytes: int) -> Shared | None:
+    """What the federation shares, by the ledger: the first round's base is whole, and counted so where nodes hold it.
+
+    So the model need not be built, for which a plan needs torch's compiler, and some recipes the network.
+    """
+    told = [link.down.raw for link in first.round_link.values() if link.down.raw]
+    if not told or not recipe.federation.parts:
+        return None
+    optimizer_bytes = _optimizer_bytes(recipe, start.parameters)
+    return Shared(min(told) // FLOAT32_BYTES, exchanged_bytes // FLOAT32_BYTES, optimizer_bytes)
+
+
+def _optimizer_bytes(recipe: Recipe, parameters: int) -> int | None:
+    """What a part's own local optimizer keeps; None if the recipe's is used."""
+    from photon.parts.base import changes  # here, because they bring torch
+    from photon.parts.method import Method
+
+    method = Method.of(recipe)
+    if not any(changes(part, "optimizer") for part in method.parts):
+        return None
+    import torch
+
+    from photon.node.optimizers import build_optimizer
+
+    meta = torch.device("meta")
+    model = torch.nn.ParameterList([torch.empty(parameters, device=meta)])
+    optimizer = method.optimizer(build_optimizer(model, recipe.node, meta))
+    names: list[str] = optimizer.state_names(optimizer.param_groups[0])  # type: ignore[attr-defined]  # see Part.optimizer
+    return FLOAT32_BYTES * parameters * len(set(names) - {"step"})
 
 
 def _downlink(recipe: Recipe) -> tuple[bool, bool]:

@@ -65,6 +65,7 @@ def test_apply_link_leaves_its_argument_alone() -> None:
         (['link.up=["lowrank", "topk(scope=global)"]'], r"link\.up: topk\(scope=global\) stands behind lowrank"),
         (["link.of=weights"], r"link\.of = weights is for lossy stages"),
         (['link.up=["sign"]', "link.of=weights", "link.up_feedback=rescale"], r"up_feedback = rescale .* differences"),
+        (['link.up=["topk(scope=global)"]', "link.up_feedback=rescale"], r"rescale .* use topk with scope chunk or"),
         (["link.up_feedback=more"], r"link\.up_feedback=more: must be a number from 0 to 1 or `rescale`"),
         (["link=small"], r"link=small: must be one of exact, balanced, tiny"),
     ],
@@ -72,6 +73,12 @@ def test_apply_link_leaves_its_argument_alone() -> None:
 def test_codecs_that_there_are_not_are_refused_when_the_recipe_is_read(options: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         parse_recipe(SILOS, "r", options)
+
+
+@pytest.mark.parametrize("up", ['["topk(scope=tensor)"]', '["topk", "sign"]', '["lowrank"]', '["int4", "zstd"]', "[]"])
+def test_updates_may_be_rescaled_where_each_tensor_is_encoded_by_itself(up: str) -> None:
+    assert parse_recipe(SILOS, "r", [f"link.up={up}", "link.up_feedback=rescale"]).link.up_rescales
+    assert parse_recipe(SILOS, "r", ['link.up=["topk(scope=global)"]', "link.up_feedback=0.9"]).link.up_decay == 0.9
 
 
 def test_reading_an_exact_recipe_does_not_bring_torch(tmp_path: Path) -> None:

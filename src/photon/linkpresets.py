@@ -57,6 +57,11 @@ def check_codecs(link: LinkConfig) -> None:
     from photon.link.codec.notation import parse_pipeline  # here, because it brings torch: exact recipes need none
 
     up, down = parse_pipeline(link.up, "link.up"), parse_pipeline(link.down, "link.down")
+    if link.up_rescales and up.survey(tuple) is not None:
+        raise ConfigError(
+            "link.up_feedback = rescale scales each tensor by itself, which moves the one threshold that "
+            "topk(scope=global) has for all: use topk with scope chunk or tensor, or an up_feedback from 0 to 1"
+        )
     if link.of == "weights" and up.is_lossless and down.is_lossless:
         raise ConfigError("link.of = weights is for lossy stages: exact codecs carry the same either way")
     if link.of == "weights" and link.max_update_norm is not None:

@@ -51,7 +51,8 @@ def encode_update(
     """Encode all tensors of an update, the residual of the last time added, the norm of what will be decoded bounded.
 
     With `rescale`, which goes with a decay of 0, <update, decoded> is |update|^2 for each tensor: to the rounding of
-    scales, and unless that took more than four times the update.
+    scales, and unless that took more than four times the update. A codec that surveys all tensors together is refused
+    beside it when the recipe is read: longer tensors would change what it keeps of the others.
 
     `update` is emptied on the way: of each tensor only one copy is left. Of tensors that are not in it the state stays
     as it is. `seed` is any text that differs by run, node and round. Raises WireError if a tensor is not finite and the

@@ -68,7 +68,7 @@ def render_report(events: Sequence[Event], recipe: str) -> str:
         "speed": content.speed_figures(run),
         "nodes": content.node_rows(run),
         "missing": content.missing_rows(run),
-        "link": link_rows(run.summary),
+        "link": link_rows(run.summary, recipe),
         "fewer_up": times_fewer(run.summary.link.up),
         "fewer_down": times_fewer(run.summary.link.down),
         "samples": content.shown_samples(run),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from photon.errors import ConfigError
 from photon.link.ledger import Flow
+from photon.recipe import parse_recipe
 from photon.summary import Summary
 
 
@@ -17,16 +20,17 @@ class LinkRow:
     down: int | None
 
 
-def link_rows(summary: Summary) -> list[LinkRow]:
-    """From raw to sent, the stages of the codecs between them; empty if nothing crossed."""
+def link_rows(summary: Summary, recipe_text: str) -> list[LinkRow]:
+    """From raw to sent, the stages of the codecs between them in the recipe's order; empty if nothing crossed."""
     up, down = summary.link.up, summary.link.down
     if not up.encoded + down.encoded:
         return []
-    stages = list(dict.fromkeys([*up.stages, *down.stages]))
-    # A stage leaves less than the one before: their order is that of the bytes they leave.
-    stages.sort(
-        key=lambda stage: -max(up.stages.get(stage, 0) / max(up.raw, 1), down.stages.get(stage, 0) / max(down.raw, 1))
-    )
+    stages = _woven(*(sorted(flow.stages, key=flow.stages.__getitem__, reverse=True) for flow in (up, down)))
+    if stages:
+        # Bytes alone do not tell: of exact tensors only the lossless stage has any. Stages that the recipe no longer
+        # has (a run may be resumed with others) come first.
+        order = _stages_of(recipe_text)
+        stages.sort(key=lambda stage: order.index(stage) if stage in order else -1)
     return [
         LinkRow("as float32", up.raw, down.raw),
         *(LinkRow(f"after {stage}", up.stages.get(stage), down.stages.get(stage)) for stage in stages),
@@ -34,6 +38,30 @@ def link_rows(summary: Summary) -> list[LinkRow]:
         LinkRow("whole messages", up.encoded, down.encoded),
         LinkRow("sent on the network", up.sent, down.sent),
     ]
+
+
+def _stages_of(recipe_text: str) -> list[str]:
+    """The stages of both ways as the ledger names them, lossless ones last; none of a recipe that cannot be read."""
+    from photon.link.codec.notation import parse_pipeline  # here, because it brings torch
+
+    try:
+        link = parse_recipe(recipe_text, "recipe.toml").link
+    except ConfigError:
+        return []
+    codecs = [parse_pipeline(stages) for stages in (link.up, link.down)]
+    lossy = [codec.labels[:-1] if codec.lossless else codec.labels for codec in codecs]
+    return _woven(_woven(*lossy), [codec.labels[-1] for codec in codecs if codec.lossless])
+
+
+def _woven(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Both, each in its order if that can be: what is only in the second stands behind the first, or before what
+    follows it there and is in both."""
+    out = list(dict.fromkeys(first))
+    for index, name in enumerate(second):
+        if name not in out:
+            places = [out.index(other) for other in second[index + 1 :] if other in out]
+            out.insert(min(places, default=len(out)), name)
+    return out
 
 
 def times_fewer(flow: Flow) -> float:

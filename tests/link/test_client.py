@@ -17,6 +17,7 @@ from tests.link.plain import plain_server
 from photon.errors import ConfigError
 from photon.identity import client_context
 from photon.keys import create_authority, issue_node, revoke
+from photon.link.client import check_status
 from photon.link.transfer import GatewayClient, LinkDownError, LinkRefusedError
 
 MIB = 2**20
@@ -62,6 +63,26 @@ def test_what_is_no_address_of_a_gateway_is_named(url: str) -> None:
 def test_https_needs_a_key() -> None:
     with pytest.raises(ConfigError, match="key file"):
         GatewayClient("https://localhost:1", None)
+
+
+NO_JSON = {"text": b"<html>", "no text": b"\xff\xfe\xff", "nested too deeply": b'{"a":[' * 100_000}
+
+
+@pytest.mark.parametrize("answer", NO_JSON.values(), ids=NO_JSON)
+def test_an_answer_that_is_no_json_is_worth_another_try(answer: bytes) -> None:
+    with plain_server({"location": answer}) as port:
+        client = GatewayClient(f"http://127.0.0.1:{port}", None)
+        with pytest.raises(LinkDownError, match="did not answer GET /v1/blobs/x with JSON"):
+            client.json("GET", "/v1/blobs/x")
+        client.close()
+
+
+@pytest.mark.parametrize("answer", NO_JSON.values(), ids=NO_JSON)
+def test_a_failure_that_gives_no_reason_is_told_by_its_status(answer: bytes) -> None:
+    with pytest.raises(LinkDownError, match="now: status 500"):
+        check_status(500, answer, "GET /", "here")
+    with pytest.raises(LinkRefusedError, match="refuses GET /: status 403"):
+        check_status(403, answer, "GET /", "here")
 
 
 # TLS: which end to mend

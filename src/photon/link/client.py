@@ -73,7 +73,7 @@ class GatewayClient:
         answer = self.call(method, path, data, {"Content-Type": "application/json"} if data else {})
         try:
             return json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise LinkDownError(f"{self.place} did not answer {method} {path} with JSON") from None
 
     def call(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
@@ -181,7 +181,7 @@ def check_status(status: int, data: bytes, asked: str, place: str) -> None:
     try:
         answer = json.loads(data)
         reason = str(answer["error"])[:_MAX_REASON_CHARACTERS]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         reason = f"status {status}"
     if status >= 500 or status in _AGAIN:  # HTTP's own numbers
         raise LinkDownError(f"{place} cannot answer {asked} now: {reason}")

@@ -60,6 +60,8 @@ def test_what_was_committed_is_read(tmp_path: Path) -> None:
     states.commit(3, FILES, FIELDS)
     states.commit(12, {}, {})
     assert states.numbers() == [3, 12]
+    states.commit(1_000_000, {}, {})  # more digits than are written of others
+    assert states.numbers() == [3, 12, 1_000_000]
     state = states.load(3)
     assert (state.number, state.fields) == (3, FIELDS)
     assert {name: state.read(name) for name in FILES} == {name: b"".join(chunks) for name, chunks in FILES.items()}

@@ -285,7 +285,7 @@ def test_a_sweep_leaves_out_what_parts_do_not_allow(tmp_path: Path) -> None:
     sweep = planned("demo --sweep tau=8..512", "federation.parts=fragments(count=4)")["sweep"]
     assert [point["value"] for point in sweep["points"]] == [8, 16, 32, 64, 128]  # 480 steps: 4 rounds of 128
     result = CliRunner().invoke(app, ["plan", "demo", "--sweep", "tau=256..512", "federation.parts=fragments(count=4)"])
-    assert "4 fragments need as many rounds" in str(result.exception)
+    assert "it takes 4 rounds to exchange every weight once" in str(result.exception)
     output("demo --out", str(tmp_path / "plan.html"), "federation.parts=fragments(count=4)")
 
 

@@ -127,7 +127,7 @@ class NodeConfig(Section):
     muon_momentum: Decay = Field(0.95, description="Muon's Nesterov momentum.")
     momentum: Decay = Field(0.0, description="Momentum of SGD.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas.")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    eps: float = Field(1e-8, ge=1e-30, description="AdamW's epsilon.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay on matrices.")
     clip_norm: float = Field(1.0, ge=0, description="Global gradient-norm clip; 0 = off.")
     schedule: Literal["constant", "cosine", "wsd"] = Field("cosine", description="Of the global sequential step.")
@@ -171,7 +171,7 @@ class FederationConfig(Section):
     outer_lr: float = Field(1.0, ge=0, description="Outer learning rate (fedavg with 1.0 is plain averaging).")
     outer_momentum: Decay = Field(0.9, description="momentum, nesterov.")
     outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
-    outer_eps: float = Field(1e-8, gt=0, description="adam, yogi.")
+    outer_eps: float = Field(1e-8, ge=1e-30, description="adam, yogi.")
     parts: list[str] = Field(
         [],
         description="What is added to FedAvg, in this order, such as share(second=6); the baseline goes without.",

@@ -126,7 +126,7 @@ class NumberedStates:
         if not self.root.is_dir():
             return []
         return sorted(
-            int(entry.name) for entry in self.root.iterdir() if len(entry.name) == _DIGITS and entry.name.isdecimal()
+            int(entry.name) for entry in self.root.iterdir() if len(entry.name) >= _DIGITS and entry.name.isdecimal()
         )
 
     def folder(self, number: int) -> Path:

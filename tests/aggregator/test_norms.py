@@ -91,6 +91,8 @@ def test_until_enough_norms_are_known_the_base_bounds_an_update() -> None:
         assert not is_refused(bound, 1999)
         assert is_refused(bound, 2001)
     assert NormBound((*few, ((1.0, TAU),)), BASE, 0, 0).limit(TAU) == pytest.approx(4)
+    zeros = NormBound((), {"bias": torch.zeros(9)}, 0, 0)  # a fragment may be a bias that has not moved yet
+    assert zeros.limit(TAU) == 300
 
 
 def test_norms_that_are_all_zero_say_nothing() -> None:

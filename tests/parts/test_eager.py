@@ -348,6 +348,15 @@ def test_what_does_not_go_together_is_refused(own: str, other: str) -> None:
         Method.of(recipe(own, other, **sections))
 
 
+def test_a_node_must_be_able_to_tell_the_last_round() -> None:
+    """By its own steps it cannot, where it takes fewer than others and tau is the Aggregator's to find."""
+    for balance in ("none", "time"):
+        Method.of(recipe("eager", federation={"balance": balance}))
+    Method.of(recipe("eager", "tau_by_agreement"))
+    with pytest.raises(ConfigError, match=r"tau_by_agreement and federation\.balance = time"):
+        Method.of(recipe("eager", "tau_by_agreement", federation={"balance": "time"}))
+
+
 def test_it_is_given_once() -> None:
     with pytest.raises(ConfigError, match="Eager and Eager cannot go together"):
         Method.of(recipe("eager", "eager(own=false)"))

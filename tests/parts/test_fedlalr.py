@@ -236,6 +236,6 @@ def test_a_mixed_recipe_is_refused(node: dict[str, Any], federation: dict[str, A
 
 
 def test_parameters_out_of_range_are_refused() -> None:
-    for parameters in ({"beta1": 1.0}, {"beta2": -0.1}, {"eps": 1e-8}):
+    for parameters in ({"beta1": 1.0}, {"beta2": -0.1}, {"eps": 1e-8}, {"eps": 1e30}):
         with pytest.raises(ValueError, match="fedlalr"):
             FedLalr(**parameters)

@@ -132,7 +132,7 @@ def test_the_order_of_arrival_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for parameters in ({"iterations": 0}, {"smoothing": 0.0}, {"smoothing": -1.0}):
+    for parameters in ({"iterations": 0}, {"smoothing": 0.0}, {"smoothing": -1.0}, {"smoothing": 1e-305}):
         with pytest.raises(ValueError, match="geometric_median"):
             GeometricMedian(**parameters)
     with pytest.raises(ConfigError, match="three nodes"):

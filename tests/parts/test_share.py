@@ -198,12 +198,67 @@ def test_a_node_that_comes_late_takes_the_moments_of_the_others(tmp_path: Path) 
     assert largest_difference(ours, {n: p.detach() for n, p in model.named_parameters()}) < 1e-8
 
 
+def from_hand_to_hand(
+    recipe: Recipe, turns: list[str], periods: Mapping[str, int], takes_all: bool
+) -> dict[str, Tensor]:
+    """One node a round, each with an AdamW of its own, which takes over of its moments what rounds have exchanged.
+
+    With `takes_all`, the mutant, also what none has exchanged yet: zeros, and everybody's count of steps.
+    """
+    tau, size, keys = recipe.federation.tau, recipe.node.batch_size, [*periods, "step"]
+    model, places = new_model(recipe, torch.float64), dict.fromkeys(turns, 0)
+    parameters = list(model.parameters())
+    base: list[dict[str, Tensor]] = [{} for _ in parameters]
+    own: dict[str, list[dict[str, Tensor]]] = {}
+    for index, name in enumerate(turns):
+        optimizer = build_optimizer(model, recipe.node, CPU)
+        for parameter, given, kept in zip(parameters, base, own.get(name, base and [{}] * len(base)), strict=True):
+            was_there = index > 0 and turns[index - 1] == name
+            taken = {kind: value for kind, value in given.items() if not was_there or index % periods[kind] == 0}
+            count = {"step": torch.tensor(float(index * tau))}
+            if takes_all and not was_there:
+                state = {kind: torch.zeros_like(parameter) for kind in periods} | given | count
+            else:
+                none = {"exp_avg": torch.zeros_like(parameter)}
+                state = none | kept | taken | (count if "exp_avg_sq" in taken else {})
+            if "exp_avg_sq" in state:
+                optimizer.state[parameter] = {key: state[key].detach().clone() for key in keys}
+        for _ in range(tau):
+            batch = torch.from_numpy(Text(name).batch(places[name], size))
+            places[name] += size
+            model.zero_grad()
+            model.loss(batch[:, :-1], batch[:, 1:]).backward()
+            optimizer.step()
+        own[name] = [{key: optimizer.state[p][key].clone() for key in keys} for p in parameters]
+        for given, state in zip(base, own[name], strict=True):
+            given |= {kind: state[kind] for kind, period in periods.items() if period and (index + 1) % period == 0}
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 0), (1, 6), (2, 3), (3, 2)])
+def test_a_node_that_was_away_takes_what_was_exchanged_and_no_more(tmp_path: Path, first: int, second: int) -> None:
+    """Else it has a first moment over a second one of nothing: steps hundreds of times the learning rate long."""
+    asked = recipe(f"share(first={first}, second={second})", rounds=8)
+    one = asked.model_copy(update={"federation": asked.federation.model_copy(update={"nodes_per_round": 1})})
+    federation = Federation(tmp_path, one, dtype=torch.float64)
+    ours = {name: tensor for name, tensor in weights(federation.run()).items() if "/" not in name}
+    turns = [name for event in federation.rounds() for name in event.nodes]
+    assert len(set(turns)) > 1
+    assert any(turns[index] in turns[: index - 1] and turns[index] != turns[index - 1] for index in range(2, 8))
+    periods = {"exp_avg": first, "exp_avg_sq": second}
+    assert largest_difference(ours, from_hand_to_hand(one, turns, periods, takes_all=False)) < 1e-8
+    if (first, second) != (3, 2):
+        assert largest_difference(ours, from_hand_to_hand(one, turns, periods, takes_all=True)) > 1e-3
+
+
 def test_what_cannot_be_is_refused() -> None:
     for parameters in ({"first": 0, "second": 0}, {"first": -1}):
         with pytest.raises(ValueError, match="share"):
             Share(**parameters)
     with pytest.raises(ConfigError, match="keep"):
         Method.of(recipe("share(second=2)", node={"optimizer_state": "reset"}))
+    with pytest.raises(ConfigError, match="thrown away"):
+        Method.of(recipe("share(second=0)", node={"optimizer_state": "reset"}))
     with pytest.raises(ConfigError, match="nothing to share"):
         Method.of(recipe("share", node={"optimizer": "sgd"}))
     with pytest.raises(ConfigError, match=r"there is no part `shares`; did you mean `share`\?"):

@@ -106,7 +106,7 @@ class NormBound:
     Behind an update are the steps of `rounds` rounds, from `first_step` on, as many in each as in this one.
 
     While fewer than ENOUGH_NORMS norms are known (or all of them are zero) an update may be 100 times as long as the
-    base: that stops what would destroy the model, no more.
+    base, of zeros as if they were ones: that stops what would destroy the model, no more.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class NormBound:
 
     @cached_property
     def _base_norm(self) -> float:
-        return norm_of(self._base)
+        return norm_of(self._base) or math.sqrt(sum(tensor.numel() for tensor in self._base.values()))
 
     def _warmup_share(self, steps: int) -> float:
         return warmup_share(self._first_step, steps * self._rounds, self._warmup_steps)

@@ -39,7 +39,7 @@ from photon.model.build import load_weights, named_weights
 from photon.node.base import Bases, LacksBaseError
 from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
-from photon.node.shared import shared_state, whole, with_shared_state
+from photon.node.shared import as_shared, shared_state, whole, with_shared_state
 from photon.node.state import NodeState, NodeStore
 from photon.node.trainer import LocalRun, Trainer
 from photon.parts.base import UPDATE, Moment
@@ -243,9 +243,12 @@ class Node:
         was_there = state.ready_for == task.round
         if self.method.keeps_weights or self.method.shared_state:
             held = {**own, **state.weights} if was_there else {}
-            taken = set(self.method.taken(_shapes(base), task.round))
-            taken |= {name for name in base if whole(name) not in held}
-            start = {name: self.method.start(name, held.get(name, base[name]), base[name]) for name in taken}
+            shapes = _shapes(base)
+            taken = set(self.method.taken(shapes, task.round))
+            # What no round has exchanged yet is in the base as it began: the node's own state, if any, is better.
+            known = self.method.exchanged_before(shapes, task.round)
+            taken |= {name for name in base if whole(name) not in held and (name in known or not is_state(name))}
+            start = {name: self._taken(name, held, base) for name in taken}
             load_weights(model, held | start)
             states = set(filter(is_state, base))
             came = {name: start[name] for name in states & start.keys()}
@@ -256,6 +259,10 @@ class Node:
         import_state(optimizer, model, own)
         self.trainer.correct = self.method.corrector(model, begun.weights)
         return begun
+
+    def _taken(self, name: str, held: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+        own = as_shared(held, name) if whole(name) in held else base[name]
+        return self.method.start(name, own, base[name])
 
     @torch.no_grad()
     def _ahead(self, task: Task, base: dict[str, Tensor], was: Mapping[str, Tensor]) -> _Start:

@@ -19,6 +19,8 @@ from photon.parts.base import COLUMNS, ROWS
 from photon.parts.method import is_state
 from photon.parts.optimizer import FLOORS, LocalOptimizer
 
+_STEP, _SQUARE = "step", "exp_avg_sq"
+
 
 def shared_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, kinds: Collection[str], device: str = "cpu"
@@ -43,7 +45,12 @@ def shared_tensors(
 def shared_state(optimizer: torch.optim.Optimizer, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The node's own state as it travels under these names of shared tensors: views, or factors made of it."""
     state = state_views(optimizer, model)
-    return {name: state[name] if name in state else _factor(state[whole(name)], name) for name in names}
+    return {name: as_shared(state, name) for name in names}
+
+
+def as_shared(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The shared tensor of that name, from tensors that have it or what it is of. Raises KeyError if they do not."""
+    return tensors[name] if name in tensors else _factor(tensors[whole(name)], name)
 
 
 def whole(name: str) -> str:
@@ -61,9 +68,11 @@ def with_shared_state(
 ) -> dict[str, Tensor]:
     """A node's own state with `taken` in its place: complete for `import_state`, whatever the node had.
 
-    `names` are all shared tensors, be they taken or not: their parameters count steps by the sequential step, as every
-    node does; what else those lack is zero. State that a lossy codec has put below its floor is raised to it: a second
-    moment is never negative.
+    `names` are all shared tensors, be they taken or not. The count of a parameter's steps belongs to its second moment:
+    with one that is taken it is the sequential step, as at every node; a node's own goes on. Without any second moment,
+    neither taken nor its own, a parameter begins anew: a first moment over none would be a step of any length. What
+    else is lacking is zero. State that a lossy codec has put below its floor is raised to it: a second moment is never
+    negative.
 
     An optimizer of ours tells its `floors` by kind, and under `copies` which kinds begin each round as a copy of which
     shared ones (`photon.parts.optimizer`).
@@ -75,14 +84,20 @@ def with_shared_state(
     for name, parameter in model.named_parameters():
         if name not in sharing:
             continue
-        for kind in expected[parameter]:
-            key, source = f"{name}/{kind}", copies.get(kind, kind)
-            if kind == "step":
+        kinds = expected[parameter]
+        sources = {kind: copies.get(kind, kind) for kind in kinds}
+        came = {kind: _rebuilt(f"{name}/{source}", taken, floors.get(source)) for kind, source in sources.items()}
+        found = {kind: state.pop(f"{name}/{kind}", None) if (value := came[kind]) is None else value for kind in kinds}
+        if _SQUARE in kinds and found[_SQUARE] is None:
+            continue
+        for kind, value in found.items():
+            key = f"{name}/{kind}"
+            if kind == _STEP and (value is None or came.get(_SQUARE) is not None):
                 state[key] = torch.tensor(float(sequential_step))
-            elif (value := _rebuilt(f"{name}/{source}", taken, floors.get(source))) is not None:
-                state[key] = value
-            elif key not in state:
+            elif value is None:
                 state[key] = torch.zeros(parameter.shape, dtype=parameter.dtype)
+            else:
+                state[key] = value
     return state
 
 

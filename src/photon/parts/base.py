@@ -93,12 +93,9 @@ class Part:
         """Whether a node may go on with weights of its own: they then are part of its state."""
         return False
 
-    def taken(self, shapes: Shapes, round_index: int) -> Iterable[str]:
-        """Of the shared tensors, those that a node takes from the base as a round begins.
-
-        A node goes on with its own of the others, if it was in the round before; else it takes all.
-        """
-        return self.exchanged(shapes, round_index - 1) if round_index else shapes
+    def wait_rounds(self) -> int:
+        """Rounds that pass before nodes take from the base what a round has exchanged; 0: the next begins with it."""
+        return 0
 
     # At the node.
 
@@ -141,6 +138,10 @@ class Part:
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:
         """The options that hold for one round: a schedule of tau, of the outer learning rate, of the momentum."""
         return federation
+
+    def least_rounds(self, federation: FederationConfig) -> int:
+        """In how few rounds the run may be over."""
+        return federation.rounds
 
     def averages(self, moment: Moment) -> bool:
         """Whether the round's outer step is plain averaging, by which the outer optimizer only gathers its state."""

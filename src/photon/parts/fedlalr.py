@@ -88,8 +88,8 @@ class FedLalr(Part):
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 <= _MOST_BETA and 0 <= self.beta2 <= _MOST_BETA):
             raise ValueError("fedlalr: beta1 and beta2 must be at least 0 and below 1")
-        if self.eps < _LEAST_EPS:
-            raise ValueError(f"fedlalr: eps must be at least {_LEAST_EPS:g}: the mean of vhat has no finer grid")
+        if not _LEAST_EPS <= self.eps <= 1:
+            raise ValueError(f"fedlalr: eps is from {_LEAST_EPS:g}, as the mean of vhat has no finer grid, to 1")
 
     def check(self, recipe: Recipe) -> None:
         """The published rule and nothing beside it: what it does not have, the recipe must not ask for."""

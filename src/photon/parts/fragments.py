@@ -32,7 +32,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from photon.config import Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Part, Shapes
 
@@ -54,25 +53,14 @@ class Fragments(Part):
         if not 0 <= self.mix < 1:
             raise ValueError("fragments: mix, the share of a node's own weights, is from 0 to below 1")
 
-    def check(self, recipe: Recipe) -> None:
-        """Every fragment must be exchanged at least once."""
-        if recipe.federation.rounds < self.count:
-            raise ConfigError(
-                f"federation.parts: {self.count} fragments need as many rounds; federation.rounds is "
-                f"{recipe.federation.rounds}"
-            )
-
     def exchanged(self, shapes: Shapes, round_index: int) -> Iterable[str]:
         """The fragment whose turn it is, with the optimizer state that is shared of its weights."""
         fragment = fragments_of(shapes, self.count, self.layout)
         return [name for name in shapes if fragment[weight_of(name)] == round_index % self.count]
 
-    def taken(self, shapes: Shapes, round_index: int) -> Iterable[str]:
-        """What was exchanged 1 + `delay` rounds before; nothing while there was no such round."""
-        if round_index == 0:
-            return shapes
-        source = round_index - 1 - self.delay
-        return self.exchanged(shapes, source) if source >= 0 else ()
+    def wait_rounds(self) -> int:
+        """The delay."""
+        return self.delay
 
     def period(self) -> int:
         """Each fragment has its turn once."""

@@ -23,6 +23,8 @@ from photon.errors import ConfigError
 from photon.parts.base import Part, Updates
 from photon.parts.pieces import merged_by, summed_by
 
+_LEAST_SMOOTHING = 1e-30  # a weight over much less is infinite
+
 
 @dataclass(frozen=True)
 class GeometricMedian(Part):
@@ -32,8 +34,8 @@ class GeometricMedian(Part):
     smoothing: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.smoothing <= 0:
-            raise ValueError("geometric_median: iterations is at least 1, smoothing above 0")
+        if self.iterations < 1 or self.smoothing < _LEAST_SMOOTHING:
+            raise ValueError(f"geometric_median: iterations is at least 1, smoothing {_LEAST_SMOOTHING:g}")
 
     def check_nodes(self, nodes: int) -> None:
         """Between two updates any point is a geometric median."""

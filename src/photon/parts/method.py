@@ -82,7 +82,7 @@ class Method:
                 "federation.parts: updates that may come late are of whole models without optimizer state, and the "
                 "merge is their weighted mean: stale goes with no part that changes one of these"
             )
-        self._check_held_back()
+        self._check_held_back(recipe.federation)
         for one, other in itertools.combinations(self.parts, 2):
             if (common := math.gcd(one.period(), other.period())) > 1:
                 raise ConfigError(
@@ -100,6 +100,12 @@ class Method:
                 "link.of = weights sends all weights each time, to be compared with the base: it does not go with "
                 "these federation.parts"
             )
+        turns = max((part.period() for part in self.parts if part.keeps_weights()), default=1)
+        if (least := self.least_rounds(recipe.federation)) < turns:
+            raise ConfigError(
+                f"federation.parts: it takes {turns} rounds to exchange every weight once, and the run may be over "
+                f"after {least}: more rounds are needed, or fewer fragments"
+            )
         for part in self.parts:
             part.check(recipe)
 
@@ -108,7 +114,7 @@ class Method:
         for part in self.parts:
             part.check_nodes(nodes)
 
-    def _check_held_back(self) -> None:
+    def _check_held_back(self, federation: FederationConfig) -> None:
         averages = any(changes(part, "averages") for part in self.parts)
         partial = self.is_partial or self.keeps_weights or self.shared_state
         if (self.holds_back or self.goes_ahead) and (partial or self.late_rounds or averages):
@@ -116,6 +122,11 @@ class Method:
                 "federation.parts: where outer steps are taken a round later, every round exchanges all weights and no "
                 "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
                 "with no part that changes one of these"
+            )
+        if self.goes_ahead and federation.balance == "time" and self.least_rounds(federation) != federation.rounds:
+            raise ConfigError(
+                "federation.parts: a node that takes fewer steps than others cannot tell from them when a run of "
+                "changing tau ends: eager does not go with tau_by_agreement and federation.balance = time"
             )
         if self.merged and self.goes_ahead:
             raise ConfigError(
@@ -150,8 +161,19 @@ class Method:
         return _common(shapes, (part.exchanged(shapes, round_index) for part in self.parts))
 
     def taken(self, shapes: Shapes, round_index: int) -> list[str]:
-        """The shared tensors that a node takes from the base as that round begins."""
-        return _common(shapes, (part.taken(shapes, round_index) for part in self.parts))
+        """The shared tensors that a node takes from the base as that round begins.
+
+        A node goes on with its own of the others, if it was in the round before; else it takes all.
+        """
+        if round_index == 0:
+            return list(shapes)
+        source = round_index - 1 - max((part.wait_rounds() for part in self.parts), default=0)
+        return self.exchanged(shapes, source) if source >= 0 else []
+
+    def exchanged_before(self, shapes: Shapes, round_index: int) -> set[str]:
+        """The shared tensors that some round before that one has exchanged."""
+        rounds = range(max(0, round_index - self.period), round_index)
+        return {name for earlier in rounds for name in self.exchanged(shapes, earlier)}
 
     # At the node.
 
@@ -204,6 +226,10 @@ class Method:
             federation = part.federation(federation, moment)
         left = moment.total_steps - moment.sequential_step
         return federation if federation.tau <= left else federation.model_copy(update={"tau": max(1, left)})
+
+    def least_rounds(self, federation: FederationConfig) -> int:
+        """In how few rounds the run may be over."""
+        return min((part.least_rounds(federation) for part in self.parts), default=federation.rounds)
 
     def averages(self, moment: Moment) -> bool:
         """Whether the outer step of the round that begins is plain averaging."""

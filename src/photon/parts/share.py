@@ -40,6 +40,11 @@ class Share(Part):
         """A moment that is thrown away at the end of a round cannot be shared rarely."""
         if recipe.node.optimizer_state == "reset" and max(self.first, self.second) > 1:
             raise ConfigError("federation.parts: share with a period above 1 needs node.optimizer_state = keep")
+        if recipe.node.optimizer_state == "reset" and not self.second and recipe.node.optimizer != "sgd":
+            raise ConfigError(
+                "federation.parts: share(second=0) needs node.optimizer_state = keep: a first moment that is shared is "
+                "divided by a second one, which is thrown away"
+            )
         if recipe.node.optimizer == "sgd" and not (recipe.node.momentum and self.first):
             raise ConfigError(
                 "federation.parts: share has nothing to share: SGD keeps its momentum, if node.momentum is not 0, and "
@@ -61,7 +66,8 @@ class Share(Part):
 
     def exchanged(self, shapes: Shapes, round_index: int) -> Iterable[str]:
         """The weights each time; a moment in the last round of each of its periods."""
-        return [name for name in shapes if (round_index + 1) % self._period(name) == 0]
+        periods = {name: self._period(name) for name in shapes}
+        return [name for name, period in periods.items() if not period or (round_index + 1) % period == 0]
 
     def _period(self, name: str) -> int:
         _, _, kind = name.rpartition("/")

@@ -55,5 +55,12 @@ class TauByAgreement(Part):
             tau //= 2
         return federation.model_copy(update={"tau": min(max(tau, self.least), self.most)})
 
+    def least_rounds(self, federation: FederationConfig) -> int:
+        """If tau doubles from the second round on, as far as it may."""
+        rounds, left, tau = 0, federation.sequential_steps, federation.tau
+        while left > 0:
+            rounds, left, tau = rounds + 1, left - tau, min(2 * tau, self.most)
+        return rounds
+
 
 PART = TauByAgreement

@@ -19,6 +19,8 @@ from photon.config import FederationConfig, Recipe
 from photon.errors import ConfigError
 from photon.parts.base import Moment, Part
 
+_MOST_TAU = 10**9
+
 
 @dataclass(frozen=True)
 class TauRamp(Part):
@@ -28,8 +30,8 @@ class TauRamp(Part):
     last: int = 0
 
     def __post_init__(self) -> None:
-        if self.first < 1 or self.last < 0:
-            raise ValueError("tau_ramp: first must be at least 1, and last too, or 0 for a straight line")
+        if not 1 <= self.first <= _MOST_TAU or not 0 <= self.last <= _MOST_TAU:
+            raise ValueError("tau_ramp: first must be at least 1, and last too, or 0 for a straight line; 1e9 at most")
 
     def check(self, recipe: Recipe) -> None:
         """`federation.tau`, the mean, lies between both ends."""

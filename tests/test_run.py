@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tests.faults.federations import OWNERS, run, write_recipe
 
+from photon.aggregator.state import RoundStore
 from photon.evaluate import continue_text, evaluate_run, export_run
 from photon.events import Evaluated, RoundDone, Sampled
 from photon.recipe import load_recipe
@@ -47,6 +49,20 @@ def test_the_folder_holds_what_the_documentation_says(finished: RunFolder) -> No
         "model", "logs",
     }  # fmt: skip
     assert sorted(entry.name for entry in (finished.path / "nodes").iterdir()) == sorted(OWNERS)
+
+
+def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path: Path) -> None:
+    """Nobody would have the moments that a `share` put in later is to exchange: it would say so of nothing, for weeks."""
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.path, folder.path)
+    recipe = folder.recipe.read_text()
+    changed = recipe.replace("parts = []", 'parts = ["share"]').replace("rounds = 4", "rounds = 5")
+    folder.recipe.write_text(changed)
+    code, output = run("train", "--resume", folder.path)
+    assert code == 1, output
+    assert "has shared no optimizer state since it began, and its recipe now says exp_avg, exp_avg_sq, momentum_buffer" in output
+    folder.recipe.write_text(recipe)
+    assert RoundStore(folder.path / "rounds", 1, 0).load(folder.identity().run).progress.round == 4  # nothing is lost
 
 
 def test_the_summary_adds_up(finished: RunFolder) -> None:

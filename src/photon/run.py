@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from photon.aggregator.server import Aggregator
 from photon.aggregator.state import GlobalState, Progress, RoundStore
@@ -29,14 +30,14 @@ from photon.extras import require
 from photon.fabric.base import Fabric
 from photon.fabric.local import LocalFabric
 from photon.fabric.site import SITE_FILE, SiteFile
-from photon.link.tensors import decode_tensors, encode_tensors
+from photon.link.tensors import decode_tensors, encode_tensors, read_specs
 from photon.model.base import LanguageModel
 from photon.model.build import build_model, load_weights, named_weights
 from photon.model.generate import generate
 from photon.model.hf import export
 from photon.node.device import WorkerPlan, available_cores, plan_workers, resolve_devices
 from photon.node.state import NodeStore
-from photon.parts.method import Method
+from photon.parts.method import STATE_MARK, Method, is_state
 from photon.recipe import dump_recipe, load_recipe
 from photon.report import write_report
 from photon.runfolder import Identity, RunFolder
@@ -167,6 +168,7 @@ def _run_to_end(run: Run, display: Display, setting: Setting) -> Summary:
     model = run.build_model()
     begun = bool(run.store.rounds())
     state = run.store.load(run.identity.run) if begun else _untrained(run, model)
+    _check_shared(run, model, state)
     truncate_to(run.folder.metrics, state.progress.metrics_bytes)
     for site in run.sites:  # what a resume was about to put away when it was cut off itself
         _node_store(run, site).set_aside(state.progress.round + 1)
@@ -212,14 +214,36 @@ def _largest_body(recipe: Recipe, state: GlobalState) -> int:
 
 
 def _untrained(run: Run, model: LanguageModel) -> GlobalState:
-    method = Method.of(run.recipe)
-    if kinds := method.shared_state:
-        from photon.node.optimizers import build_optimizer  # here: torch's own bring its compiler, 80 MB
-        from photon.node.shared import shared_tensors
+    return GlobalState(Progress(run.identity.run), encode_tensors(_shared(run, model, "cpu")), {})
 
-        optimizer = method.optimizer(build_optimizer(model, run.recipe.node, torch.device("cpu")))
-        return GlobalState(Progress(run.identity.run), encode_tensors(shared_tensors(model, optimizer, kinds)), {})
-    return GlobalState(Progress(run.identity.run), encode_tensors(named_weights(model)), {})
+
+def _shared(run: Run, model: LanguageModel, device: str) -> dict[str, Tensor]:
+    """What is shared before the first round, on `device`."""
+    method = Method.of(run.recipe)
+    if not (kinds := method.shared_state):
+        return {name: weight.to(device) for name, weight in named_weights(model).items()}
+    from photon.node.optimizers import build_optimizer  # here: torch's own bring its compiler, 80 MB
+    from photon.node.shared import shared_tensors
+
+    optimizer = method.optimizer(build_optimizer(model, run.recipe.node, torch.device("cpu")))
+    return shared_tensors(model, optimizer, kinds, device)
+
+
+def _check_shared(run: Run, model: LanguageModel, state: GlobalState) -> None:
+    """Raises StateError if the recipe shares other optimizer state than the run has shared so far."""
+    _, specs = read_specs(state.payload)
+    has = {spec.name for spec in specs if is_state(spec.name)}
+    wants = {name for name in _shared(run, model, "meta") if is_state(name)}
+    if has != wants:
+        raise StateError(
+            f"federation.parts: this run has shared {_kinds(has)} since it began, and its recipe now says "
+            f"{_kinds(wants)}: put back what was changed, or export the model and begin a new run from it (model.hf)"
+        )
+
+
+def _kinds(names: set[str]) -> str:
+    kinds = sorted({name.rpartition(STATE_MARK)[2] for name in names})
+    return ", ".join(kinds) if kinds else "no optimizer state"
 
 
 def plan_processes(recipe: Recipe) -> list[WorkerPlan]:

@@ -21,6 +21,7 @@ from photon.fabric.home import NodeHome
 from photon.link.update import Task, seal
 from photon.siteconfig import SiteConfig
 
+RECIPE, OTHER_RECIPE = "a" * 64, "b" * 64
 DONE = Standing(phase="done", nonce="n1", round=3, head=b"a reply")
 
 
@@ -68,17 +69,19 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Agen
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     one = Agent(NodeOptions("ada", "https://127.0.0.1:1", context, SiteConfig(text=["x"]), NodeHome(tmp_path)))
     one._errands = cast(Errands, desk)
-    one._preparation = cast(Any, SimpleNamespace(run="r", thread=None, note="", prepared=None))
+    one._preparation = cast(Any, SimpleNamespace(of=("r", RECIPE), run="r", thread=None, note="", prepared=None))
     yield one, fleet, desk
 
 
-def question(number: int, task: str = "", *, wait_s: float = 0.0, run_id: int = 1) -> Question:
+def question(
+    number: int, task: str = "", *, wait_s: float = 0.0, run_id: int = 1, recipe_sha256: str = RECIPE
+) -> Question:
     """One with the task of that nonce in it, or with none."""
     head = b""
     if task:
         fields: dict[str, Any] = {"run": "r", "round": 3, "node": "ada", "nonce": task, "base_sha256": "a" * 64}
         head = seal(Task(**fields, evaluate=False, sequential_step=12, tau=4, nodes=2, deadline_s=60.0), b"").head
-    content = ask_content(Ask(run="r", wait_s=wait_s), head)
+    content = ask_content(Ask(run="r", recipe_sha256=recipe_sha256, wait_s=wait_s), head)
     return Question(f"q{number}", run_id, 0.0, 60.0, time.monotonic(), content)
 
 
@@ -120,6 +123,21 @@ def test_a_node_leaves_at_its_deadline_whoever_listens(node: tuple[Agent, Fleet,
     assert not one._has_left()
     one._leave_by = time.monotonic() - 1
     assert one._has_left()
+
+
+def test_a_node_that_stayed_prepares_anew_for_a_recipe_that_was_changed(
+    node: tuple[Agent, Fleet, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would train on by the old schedule after its operator had raised the rounds and resumed."""
+    one, fleet, desk = node
+    learnt: list[str] = []
+    monkeypatch.setattr(one, "_learn_of_run", lambda: learnt.append("card"))
+    fleet.questions = [question(1, "n1")]
+    one._turn()
+    assert (learnt, len(desk.offered)) == ([], 1)
+    fleet.questions = [question(2, "n2", recipe_sha256=OTHER_RECIPE)]
+    one._turn()
+    assert (learnt, len(desk.offered)) == (["card"], 1), "and takes no task before that"
 
 
 def test_a_question_is_held_until_there_is_news(node: tuple[Agent, Fleet, Desk]) -> None:

@@ -32,6 +32,7 @@ def text(longest: int) -> st.SearchStrategy[str]:
 asks = st.builds(
     Ask,
     run=text(64),
+    recipe_sha256=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
     wait_s=st.floats(0, MAX_WAIT_S),
     base_bytes=naturals,
     dropped=text(64),
@@ -52,7 +53,7 @@ statuses = st.builds(
     tokens_available=naturals,
     tokens_per_second=numbers,
 )
-ASK = {"version": 1, "run": "r", "wait_s": 1.0, "base_bytes": 7, "dropped": ""}
+ASK = {"version": 1, "run": "r", "recipe_sha256": "a" * 64, "wait_s": 1.0, "base_bytes": 7, "dropped": ""}
 STATUS = {"version": 1, "photon": "0", "state": "ready"}
 
 

@@ -41,6 +41,9 @@ def task(body: bytes = BASE, **changes: Any) -> Task:
     return Task.model_validate(fields | changes)
 
 
+RECIPE = "5" * 64
+
+
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
@@ -50,8 +53,8 @@ def commit(store: ReplyStore, one: Task, evaluation: EvaluationReport | None = N
 
 @pytest.mark.parametrize("evaluation", [None, EVALUATION])
 def test_what_was_committed_is_found_by_the_next_process(evaluation: EvaluationReport | None, tmp_path: Path) -> None:
-    kept = commit(ReplyStore(tmp_path), task(), evaluation)
-    found = ReplyStore(tmp_path).find(task(), "exact")
+    kept = commit(ReplyStore(tmp_path, RECIPE), task(), evaluation)
+    found = ReplyStore(tmp_path, RECIPE).find(task(), "exact")
     assert found == kept
     assert found is not None
     assert (found.training, found.evaluation, found.codec, found.position_after) == (TRAINING, evaluation, "exact", 6)
@@ -60,7 +63,7 @@ def test_what_was_committed_is_found_by_the_next_process(evaluation: EvaluationR
 
 
 def test_before_anything_is_committed_nothing_is_found(tmp_path: Path) -> None:
-    assert ReplyStore(tmp_path / "nowhere").find(task(), "exact") is None
+    assert ReplyStore(tmp_path / "nowhere", RECIPE).find(task(), "exact") is None
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -72,15 +75,23 @@ CHANGES: dict[str, dict[str, Any]] = {
     "another place in the schedule": {"sequential_step": 3},
     "more steps": {"tau": 4},
     "scores as well": {"evaluate": True},
+    "other nodes beside it": {"nodes": 3},
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_other_work_is_not_found(what: str, tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path)
+    store = ReplyStore(tmp_path, RECIPE)
     commit(store, task())
     assert store.find(task(**CHANGES[what]), "exact") is None
     assert store.find(task(), "exact") is not None
+
+
+def test_what_another_recipe_led_to_is_not_found(tmp_path: Path) -> None:
+    """A round failed, its operator lowered the learning rate: nobody wants the update of the old one."""
+    commit(ReplyStore(tmp_path, RECIPE), task())
+    assert ReplyStore(tmp_path, "6" * 64).find(task(), "exact") is None
+    assert ReplyStore(tmp_path, RECIPE).find(task(), "exact") is not None
 
 
 TOLD_OTHERWISE = {"form": "difference", "held_sha256": "1" * 64, "codec": "int4", "body_sha256": "2" * 64}
@@ -90,13 +101,13 @@ TOLD_OTHERWISE = {"form": "difference", "held_sha256": "1" * 64, "codec": "int4"
 def test_the_same_work_under_another_nonce_or_deadline_or_told_otherwise_is_found(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
-    store = ReplyStore(tmp_path)
+    store = ReplyStore(tmp_path, RECIPE)
     commit(store, task())
     assert store.find(task(**change), "exact") is not None
 
 
 def test_one_reply_is_kept_that_of_the_newest_work(tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path)
+    store = ReplyStore(tmp_path, RECIPE)
     for number in range(4):
         commit(store, task(round=number))
     assert [path.name for path in tmp_path.iterdir()] == ["000003"]
@@ -134,7 +145,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_reply_is_none(what: str, tmp_path: Path) -> None:
-    store = ReplyStore(tmp_path)
+    store = ReplyStore(tmp_path, RECIPE)
     commit(store, task())
     name, damage = DAMAGE[what]
     damage(tmp_path / "000000" / name)
@@ -154,7 +165,7 @@ def test_a_damaged_reply_is_none(what: str, tmp_path: Path) -> None:
 def test_only_the_last_work_is_ever_found(
     tmp_path_factory: pytest.TempPathFactory, works: list[dict[str, int]]
 ) -> None:
-    store = ReplyStore(tmp_path_factory.mktemp("replies"))
+    store = ReplyStore(tmp_path_factory.mktemp("replies"), RECIPE)
     for work in works:
         commit(store, task(**work))
         for other in works:
@@ -177,7 +188,7 @@ class Counted:
 
     def _node(self) -> Node:
         node = Federation(self.folder, tiny_recipe(["ada"], **self.sections)).nodes["ada"]
-        node.site = replace(node.site, replies=self.replies(self.folder / "replies"))
+        node.site = replace(node.site, replies=self.replies(self.folder / "replies", RECIPE))
         train = node.trainer.train
 
         def counted(*arguments: Any) -> Any:

@@ -65,10 +65,16 @@ class _Preparation:
     """A run that is being prepared, or could not be."""
 
     run: str
+    recipe_sha256: str
     prepared: PreparedRun | None = None
     note: str = "preparing"
     failed: Exception | None = None
     thread: Thread | None = field(default=None, repr=False)
+
+    @property
+    def of(self) -> tuple[str, str]:
+        """What it is for: another run, or another recipe of it, has to be prepared anew."""
+        return self.run, self.recipe_sha256
 
 
 class Agent:
@@ -191,9 +197,10 @@ class Agent:
             self._answer_at = question.received + (0.0 if self._leaving.is_set() else ask.wait_s)
             if self._told and self._told != (expect_task(decode_message(Sealed(head, b""))).nonce if head else ""):
                 self._delivered = self._told
-            if self._preparation is None or (ask.run != self._preparation.run and self._preparation.thread is None):
+            asked = (ask.run, ask.recipe_sha256)
+            if self._preparation is None or (self._preparation.of != asked and self._preparation.thread is None):
                 self._learn_of_run()
-            if self._errands is None or self._preparation is None or ask.run != self._preparation.run:
+            if self._errands is None or self._preparation is None or self._preparation.of != asked:
                 return
             if ask.dropped:
                 self._errands.drop(ask.dropped)
@@ -235,15 +242,16 @@ class Agent:
     # The run, and its preparation.
 
     def _learn_of_run(self) -> None:
-        """Ask the gateway which run there is, and begin to prepare it unless that is done or going on."""
+        """Ask the gateway for the run and its recipe, and begin to prepare that unless it is done or going on."""
         card, recipe = read_card(self._client.json("GET", "/v1/run"))
         preparation = self._preparation
-        if preparation is not None and (preparation.run == card.run or preparation.thread is not None):
+        known = (card.run, card.recipe_sha256)
+        if preparation is not None and (preparation.of == known or preparation.thread is not None):
             return
         if self._errands is not None:
             self._errands.close()
             self._errands = None
-        preparation = _Preparation(card.run)
+        preparation = _Preparation(card.run, card.recipe_sha256)
 
         def report(progress: Progress) -> None:
             share = f" {progress.done_bytes / progress.total_bytes:.0%}" if progress.total_bytes else ""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon.config import Recipe, SiloConfig, TrackConfig
 from photon.errors import ConfigError, WireError
+from photon.link.tensors import sha256_hex
 from photon.link.update import Hash, Natural
 from photon.recipe import dump_recipe, parse_recipe
 
@@ -32,6 +33,11 @@ class RunCard(BaseModel):
     vocab_size: Natural
     tokenizer_sha256: Hash
     tokenizer_bytes: Natural
+
+    @property
+    def recipe_sha256(self) -> str:
+        """It changes with the recipe, which an operator may change between two rounds."""
+        return sha256_hex(self.recipe.encode())
 
 
 def run_card(run: str, photon: str, recipe: Recipe, vocab_size: int, tokenizer: bytes, sha256: str) -> RunCard:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon.errors import WireError
-from photon.link.update import Natural, Number
+from photon.link.update import Hash, Natural, Number
 
 Content = dict[str, str | bytes]
 MAX_WAIT_S = 60.0
@@ -28,10 +28,14 @@ _Kind = TypeVar("_Kind", bound=_Closed)
 
 
 class Ask(_Closed):
-    """A question to a node. `base_bytes` is the size of the task's base, whose sha256 its header names."""
+    """A question to a node. `base_bytes` is the size of the task's base, whose sha256 its header names.
+
+    `recipe_sha256` is that of the recipe in the run card: a node that has prepared for another fetches the card again.
+    """
 
     version: Literal[1] = 1
     run: str = Field(max_length=64)
+    recipe_sha256: Hash
     wait_s: float = Field(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)
     base_bytes: Natural = 0
     dropped: str = Field("", max_length=64, description="Nonce of a task that the Aggregator no longer waits for.")

@@ -82,6 +82,7 @@ class BlobPlane:
 class FlowerFabric:
     """Implements the fabric protocol over the SuperLink at `superlink` (host:port on loopback).
 
+    Nodes must have prepared for the recipe of that sha256, as it is in the run card.
     `infos` are the nodes of the recipe; whoever else is registered is never asked. One thread may use the public
     methods; a second one, started here, does the asking.
     """
@@ -89,13 +90,15 @@ class FlowerFabric:
     def __init__(
         self,
         run: str,
+        recipe_sha256: str,
         superlink: str,
         secret: bytes,
         infos: Collection[NodeInfo],
         plane: BlobPlane,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._run, self._superlink, self._secret, self._note = run, superlink, secret, note
+        self._run, self._recipe_sha256 = run, recipe_sha256
+        self._superlink, self._secret, self._note = superlink, secret, note
         self._plane, self._store, self._kept = plane, plane.store, plane.kept
         self._peers = {info.name: Peer(info) for info in infos}
         keys = NodeKeys(secret)
@@ -273,7 +276,13 @@ class FlowerFabric:
                     continue
                 node_id, nonce, wait_s = peer.node_id, peer.nonce, self._patience(peer)
                 base_bytes = len(peer.task.body) if peer.task is not None else 0
-                ask = Ask(run=self._run, wait_s=wait_s, base_bytes=base_bytes, dropped=peer.dropped)
+                ask = Ask(
+                    run=self._run,
+                    recipe_sha256=self._recipe_sha256,
+                    wait_s=wait_s,
+                    base_bytes=base_bytes,
+                    dropped=peer.dropped,
+                )
                 head = peer.task.head if peer.task is not None else b""
             try:
                 question = run.push(node_id, ask_content(ask, head), wait_s + _MARGIN_S)

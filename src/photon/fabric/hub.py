@@ -8,6 +8,7 @@ The SuperLink's database holds nothing that cannot be said again: a new hub begi
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -24,7 +25,7 @@ from photon.config import Recipe
 from photon.durable import write_atomic
 from photon.errors import FabricError, InputError
 from photon.fabric.base import NodeInfo
-from photon.fabric.card import pack_tokenizer, run_card
+from photon.fabric.card import pack_tokenizer, read_card, run_card
 from photon.fabric.flower import BlobPlane, FlowerFabric
 from photon.fabric.flwr_internals import flower_environment, superlink_arguments
 from photon.fabric.gateway import GatewayConfig
@@ -166,8 +167,10 @@ class Hub:
     def open_fabric(self, recipe: Recipe, payload_bytes: int, note: Callable[[str], None]) -> FlowerFabric:
         """The fabric of this run, over the SuperLink and the store of this hub, for a model of `payload_bytes`."""
         hub = self.read()
+        card, _ = read_card(json.loads((self.path / "run.json").read_bytes()))
         return FlowerFabric(
-            self.folder.identity().run,
+            card.run,
+            card.recipe_sha256,
             f"127.0.0.1:{hub.superlink_port}",
             self.secret.read_bytes(),
             remote_infos(recipe),

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict
 from photon.config import Name, Recipe
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
+from photon.link.tensors import sha256_hex
 from photon.node.node import Site, held_out
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
+from photon.recipe import dump_recipe
 
 SITE_FILE = "site.json"
 
@@ -42,5 +44,7 @@ def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
         stream=Stream(readers, file.weights, length, recipe.seed, file.name),
         heldout=scored,
         store=NodeStore(folder / "state", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
-        replies=ReplyStore(folder / "replies") if file.keeps_replies else None,
+        replies=ReplyStore(folder / "replies", sha256_hex(dump_recipe(recipe).encode()))
+        if file.keeps_replies
+        else None,
     )

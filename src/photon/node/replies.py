@@ -1,7 +1,8 @@
 """The last reply of a node, on its own disk: asked for the same work again, it hands in the same update untrained.
 
 An Aggregator that crashed, or a network that lost a reply, asks again with another nonce. What makes two tasks the same
-work is the round, the base, the place in the schedule and the number of steps.
+work is the round, the base, the place in the schedule, the number of steps and of nodes, and the recipe: that may have
+been changed since, because a round failed.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ class StoredReply:
 
 
 class ReplyStore:
-    """`nodes/<name>/replies`: one reply, that of the newest finished task."""
+    """`nodes/<name>/replies`: one reply, that of the newest finished task.
 
-    def __init__(self, folder: Path) -> None:
-        self._states = NumberedStates(folder)
+    `recipe_sha256` stands for all that decides an update and is not in its task.
+    """
+
+    def __init__(self, folder: Path, recipe_sha256: str) -> None:
+        self._states, self._recipe_sha256 = NumberedStates(folder), recipe_sha256
 
     def commit(
         self,
@@ -47,7 +51,7 @@ class ReplyStore:
     ) -> StoredReply:
         """Make a reply durable before the state that goes with it; replaces the one before."""
         fields = {
-            "work": _work(task),
+            "work": self._work(task),
             "training": training.model_dump(),
             "evaluation": evaluation.model_dump() if evaluation else None,
             "codec": codec,
@@ -65,7 +69,7 @@ class ReplyStore:
         try:
             committed = self._states.load(task.round)
             fields = committed.fields
-            if fields["work"] != _work(task) or fields["codec"] != codec:
+            if fields["work"] != self._work(task) or fields["codec"] != codec:
                 return None
             evaluation = fields["evaluation"]
             return StoredReply(
@@ -79,13 +83,14 @@ class ReplyStore:
         except (StateError, ValueError, KeyError):
             return None
 
-
-def _work(task: Task) -> dict[str, object]:
-    return {
-        "run": task.run,
-        "node": task.node,
-        "base_sha256": task.base_sha256,
-        "sequential_step": task.sequential_step,
-        "tau": task.tau,
-        "evaluate": task.evaluate,
-    }
+    def _work(self, task: Task) -> dict[str, object]:
+        return {
+            "run": task.run,
+            "node": task.node,
+            "base_sha256": task.base_sha256,
+            "sequential_step": task.sequential_step,
+            "tau": task.tau,
+            "evaluate": task.evaluate,
+            "nodes": task.nodes,
+            "recipe_sha256": self._recipe_sha256,
+        }

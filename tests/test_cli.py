@@ -30,9 +30,9 @@ FROZEN = {
     "presets": ["name"],
     "data build": ["recipe", "options"],
     "data show": ["folder"],
-    "evaluate": ["run", "--data", "--sequences"],
-    "generate": ["run", "prompt", "--tokens", "--temperature", "--top-k", "--seed"],
-    "export": ["run", "folder"],
+    "evaluate": ["run", "--data", "--sequences", "--round"],
+    "generate": ["run", "prompt", "--tokens", "--temperature", "--top-k", "--seed", "--round"],
+    "export": ["run", "folder", "--round"],
     "report": ["run"],
     "plan": [
         "words", "--nodes", "--bandwidth", "--bandwidth-down", "--aggregator-bandwidth", "--latency", "--device",
@@ -149,6 +149,10 @@ def test_a_run_folder_that_holds_something_is_refused(tmp_path: Path, capsys: py
     assert code == 2
     assert "is not empty" in output
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for place in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
+        code, output = photon("train", "demo", "--run", place, capsys=capsys)
+        assert code == 2
+        assert "cannot be a run's folder" in output
 
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:

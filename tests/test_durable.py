@@ -65,7 +65,7 @@ def test_what_was_committed_is_read(tmp_path: Path) -> None:
     state = states.load(3)
     assert (state.number, state.fields) == (3, FIELDS)
     assert {name: state.read(name) for name in FILES} == {name: b"".join(chunks) for name, chunks in FILES.items()}
-    assert sorted(path.name for path in states.root.iterdir()) == ["000003", "000012"]
+    assert sorted(path.name for path in states.root.iterdir()) == ["000003", "000012", "1000000"]
 
 
 def test_everything_is_flushed_before_it_is_renamed(tmp_path: Path) -> None:

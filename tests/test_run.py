@@ -52,7 +52,7 @@ def test_the_folder_holds_what_the_documentation_says(finished: RunFolder) -> No
 
 
 def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path: Path) -> None:
-    """Nobody would have the moments that a `share` put in later is to exchange: it would say so of nothing, for weeks."""
+    """Nobody has the moments that a `share` put in later is to exchange."""
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(finished.path, folder.path)
     recipe = folder.recipe.read_text()
@@ -60,7 +60,8 @@ def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path:
     folder.recipe.write_text(changed)
     code, output = run("train", "--resume", folder.path)
     assert code == 1, output
-    assert "has shared no optimizer state since it began, and its recipe now says exp_avg, exp_avg_sq, momentum_buffer" in output
+    said = "has shared no optimizer state since it began, and its recipe now says exp_avg, exp_avg_sq, momentum_buffer"
+    assert said in output
     folder.recipe.write_text(recipe)
     assert RoundStore(folder.path / "rounds", 1, 0).load(folder.identity().run).progress.round == 4  # nothing is lost
 
@@ -116,6 +117,25 @@ def test_evaluate_scores_given_text_to_its_last_token(finished: RunFolder, tmp_p
     assert math.isclose(
         pooled.bits_per_byte, nats / math.log(2) / (len(text) * (len(ids) - 1) / len(ids)), rel_tol=1e-5
     )
+
+
+def test_an_earlier_round_is_there_too(finished: RunFolder, tmp_path: Path) -> None:
+    """As the error on a damaged one says: ask for another with --round."""
+    rounds = RoundStore(finished.path / "rounds", 2, 0).rounds()
+    assert rounds[-1] == 4
+    newest, earlier = (evaluate_run(finished, [], None, round_index)[0].loss for round_index in (None, rounds[-2]))
+    assert evaluate_run(finished, [], None, 4)[0].loss == newest < earlier
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.path, folder.path)
+    (model,) = (folder.path / "rounds" / "000004").glob("model*")
+    data = model.read_bytes()
+    model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    code, output = run("export", folder.path, tmp_path / "model")
+    assert code == 1
+    assert f"Other committed rounds: {rounds[:-1]}; ask for one with --round N" in " ".join(output.split())
+    code, output = run("export", folder.path, tmp_path / "model", "--round", rounds[-2])
+    assert code == 0, output
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_generation_follows_its_seed(finished: RunFolder) -> None:

@@ -34,6 +34,9 @@ add_compare(app)
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Options to change.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RoundOption = Annotated[
+    int | None, typer.Option("--round", help="The model of this committed round; default: the newest.", min=0)
+]
 
 
 def _show_version(asked: bool) -> None:
@@ -151,6 +154,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Text to score instead of the silos' held-out documents; repeatable.")
     ] = None,
     sequences: Annotated[int | None, typer.Option(help="Sequences per silo; default: the recipe's.", min=1)] = None,
+    round_index: RoundOption = None,
 ) -> None:
     """Held-out loss, perplexity and bits per byte of a run's newest model."""
     from photon.evaluate import evaluate_run
@@ -159,7 +163,7 @@ def evaluate(
 
     if data and sequences:
         raise InputError("--sequences is for the silos' held-out documents; with --data all of the text is scored")
-    Console().print(scores_table(evaluate_run(RunFolder(run), data or [], sequences)))
+    Console().print(scores_table(evaluate_run(RunFolder(run), data or [], sequences, round_index)))
 
 
 @app.command(name="generate", epilog='Example: photon generate runs/demo "def read(" --tokens 60 --seed 7')
@@ -170,21 +174,26 @@ def generate_text(
     temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.", min=0.0)] = 0.7,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 = all.", min=0)] = 40,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    round_index: RoundOption = None,
 ) -> None:
     """Let a run's newest model write."""
     from photon.evaluate import continue_text
     from photon.runfolder import RunFolder
 
-    typer.echo(prompt + continue_text(RunFolder(run), prompt, tokens, temperature, top_k, seed))
+    typer.echo(prompt + continue_text(RunFolder(run), prompt, tokens, temperature, top_k, seed, round_index))
 
 
 @app.command(epilog="Example: photon export runs/demo my-model")
-def export(run: RunArgument, folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.")]) -> None:
+def export(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.")],
+    round_index: RoundOption = None,
+) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
     from photon.evaluate import export_run
     from photon.runfolder import RunFolder
 
-    export_run(RunFolder(run), folder)
+    export_run(RunFolder(run), folder, round_index)
     typer.echo(f"{folder}: load it with transformers' AutoModelForCausalLM and AutoTokenizer")
 
 

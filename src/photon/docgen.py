@@ -25,7 +25,7 @@ photon train demo federation.tau=64 node.lr=1e-3 silo.core.batch_size=4
 - `silo.NAME.option=...` changes one owner; `'silo=[{name = "a", text = "text/a"}]'` replaces all owners.
 - An override of `model.preset` replaces the whole shape in the recipe. In a recipe, options beside `preset` change
   parts of the named shape.
-- Unknown options, values of the wrong type and values out of range are refused, all of them at once, before anything
+- Unknown options, values of the wrong type and values out of range are refused, all of a file at once, before anything
   starts.
 - Every run keeps its resolved recipe: all options with their values. It is a recipe too, and starts the same run again.
 """

@@ -22,12 +22,15 @@ from photon.run import Run, load_trained
 from photon.runfolder import RunFolder
 
 
-def evaluate_run(folder: RunFolder, texts: list[str], max_sequences: int | None) -> tuple[Scores, dict[str, Scores]]:
-    """Scores of a run's newest model, (pooled, by name): per silo, or on the given sources of text.
+def evaluate_run(
+    folder: RunFolder, texts: list[str], max_sequences: int | None, round_index: int | None = None
+) -> tuple[Scores, dict[str, Scores]]:
+    """Scores of a run's model, (pooled, by name): per silo, or on the given sources of text.
 
-    Raises DataError if a source cannot be read or holds no two tokens.
+    The model is that of a committed round, here and below; None: the newest. Raises DataError if a source cannot be
+    read or holds no two tokens, and what `load_trained` raises.
     """
-    run, model, _ = load_trained(folder)
+    run, model, _ = load_trained(folder, round_index)
     trainer = Trainer(model, run.recipe.node, torch.device("cpu"), run.recipe.total_steps)
     tally = Tally()
     sources = _given(run, texts) if texts else _silos(run, max_sequences or run.recipe.evaluation.sequences)
@@ -36,18 +39,26 @@ def evaluate_run(folder: RunFolder, texts: list[str], max_sequences: int | None)
     return tally.pooled(), tally.silos()
 
 
-def continue_text(folder: RunFolder, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
-    """What a run's newest model writes after `prompt`."""
-    run, model, _ = load_trained(folder)
+def continue_text(
+    folder: RunFolder,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    round_index: int | None = None,
+) -> str:
+    """What a run's model writes after `prompt`."""
+    run, model, _ = load_trained(folder, round_index)
     encoded = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
     return run.tokenizer.decode(generate(model, encoded, tokens, temperature, top_k, seed, run.tokenizer.end_of_text))
 
 
-def export_run(folder: RunFolder, out: Path) -> None:
-    """Write a run's newest model as a Hugging Face folder. Raises InputError rather than overwrite something else."""
+def export_run(folder: RunFolder, out: Path, round_index: int | None = None) -> None:
+    """Write a run's model as a Hugging Face folder. Raises InputError rather than overwrite something else."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty folder: choose another place for the model")
-    run, model, _ = load_trained(folder)
+    run, model, _ = load_trained(folder, round_index)
     export(model, run.recipe.model, folder.tokenizer, out)
 
 

@@ -47,7 +47,8 @@ def presets_table() -> list[Table]:
         "memory:\nnode",
         "memory:\nAggregator",
     ):
-        table.add_column(heading, justify="left" if heading == "name" else "right", no_wrap=heading == "name")
+        is_name = heading == "name"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name, overflow="fold")
     for name in preset_names():
         recipe = load_recipe(name)
         parameters = _parameters(recipe).total
@@ -69,18 +70,19 @@ def presets_table() -> list[Table]:
 def silos_table(prepared: Prepared) -> Table:
     """What `photon data build` made."""
     table = Table(title=f"Tokenizer: {prepared.tokenizer_folder}", title_justify="left")
-    for heading in ("silo", "documents", "train tokens", "held-out tokens", "bytes/token", "folder"):
-        table.add_column(heading, justify="right" if heading not in ("silo", "folder") else "left", overflow="fold")
+    for heading in ("silo", "source", "documents", "train tokens", "held-out tokens", "bytes/token", "folder"):
+        is_text = heading in ("silo", "source", "folder")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for silo in prepared.silos.values():
         for source in silo.sources:
-            reader = ShardReader(source)
-            manifest = reader.manifest
+            described, manifest = describe(source), ShardReader(source).manifest
             table.add_row(
                 silo.name,
+                Text(printable(manifest.origin.source)),
                 count(manifest.train.documents + manifest.heldout.documents),
                 count(manifest.train.tokens),
                 count(manifest.heldout.tokens),
-                f"{reader.bytes_per_token_heldout:.2f}",
+                f"{described['bytes_per_token']:.2f}",
                 str(source),
             )
     return table

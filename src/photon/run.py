@@ -143,11 +143,14 @@ def open_run(folder: RunFolder) -> Run:
     return Run(folder, folder.identity(), recipe, sites, store, Tokenizer.load(folder.tokenizer))
 
 
-def load_trained(folder: RunFolder) -> tuple[Run, LanguageModel, GlobalState]:
-    """A run's newest committed global model, on the CPU. Raises InputError if `folder` is no run."""
+def load_trained(folder: RunFolder, round_index: int | None = None) -> tuple[Run, LanguageModel, GlobalState]:
+    """A run's global model of a committed round, by default the newest, on the CPU.
+
+    Raises InputError if `folder` is no run, StateError if there is no such round or it is damaged.
+    """
     folder.identity()
     run = open_run(folder)
-    state = run.store.load(run.identity.run)
+    state = run.store.load(run.identity.run, round_index)
     model = run.build_model()
     load_weights(model, decode_tensors(state.payload))
     return run, model, state

@@ -136,9 +136,13 @@ class RunFolder:
 def new_run_folder(recipe_name: str, given: Path | None) -> RunFolder:
     """Create `runs/<recipe>-<time>` or the folder asked for. Raises InputError rather than mix two runs."""
     if given is not None:
-        if given.exists() and any(entry.name != ".lock" for entry in given.iterdir()):
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+            is_empty = all(entry.name == ".lock" for entry in given.iterdir())
+        except OSError as error:
+            raise InputError(f"{given} cannot be a run's folder: {error.strerror}; choose another --run") from None
+        if not is_empty:
             raise InputError(f"{given} is not empty: choose another --run, or go on with --resume {given}")
-        given.mkdir(parents=True, exist_ok=True)
         return RunFolder(given)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):

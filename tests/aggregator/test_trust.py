@@ -50,7 +50,7 @@ def test_after_so_many_refusals_a_node_is_not_asked_for_anything(
     assert notes == [
         f"round 0: the reply of ada was refused (1 of 2): {reason}",
         f"round 1: the reply of ada was refused (2 of 2): {reason}",
-        f"ada is suspended after 2 refused replies; to readmit it: touch {tmp_path}/operator/readmit-ada. "
+        f"ada is suspended after 2 refused replies; to readmit it: photon readmit ada {tmp_path}. "
         f"The last reason: {reason}",
     ]
 

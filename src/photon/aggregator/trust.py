@@ -86,5 +86,5 @@ class Trust:
 
     def _sentence(self, name: str) -> str:
         charge = self.charges[name]
-        how = f"; to readmit it: touch {self._operator / (READMIT + name)}" if self._operator is not None else ""
+        how = f"; to readmit it: photon readmit {name} {self._operator.parent}" if self._operator is not None else ""
         return f"{name} is suspended after {charge.refusals} refused replies{how}. The last reason: {charge.reason}"

@@ -77,6 +77,70 @@ def test_a_method_with_another_batch_gets_other_rounds_and_a_schedule_of_their_l
     assert run_tokens(recipe) == plan.tokens
 
 
+SCHEDULE = ("node.warmup_steps=40", "node.total_steps=384", "federation.rounds=12", "federation.tau=32")
+
+
+@pytest.mark.parametrize(
+    ("said", "rounds", "tau", "warmup", "total"),
+    [
+        ('"federation.tau" = "x4"', 3, 128, 40, 384),  # as many steps in fewer rounds
+        ('"federation.tau" = "x4"\n"federation.rounds" = "x0.25"', 3, 128, 40, 384),
+        ('"federation.tau" = "x0.5"\n"node.batch_size" = "x2"', 12, 16, 20, 192),  # no other rounds, but fewer steps
+        ('"federation.tau" = "x0.5"\n"node.batch_size" = "x2"\n"node.warmup_steps" = "x0.25"', 12, 16, 10, 192),
+        ('"node.batch_size" = "x0.5"\n"node.warmup_steps" = "x0.5"', 24, 32, 40, 768),  # said of half the steps
+        ('"federation.tau" = "x4"\n"node.warmup_steps" = 100', 3, 128, 40, 384),  # the command line's stands
+        ('"federation.tau" = "x4"\n"node.total_steps" = "x2"', 3, 128, 40, 192),  # said of four times the steps
+    ],
+)
+def test_the_schedule_keeps_its_shape_over_the_steps_of_the_run(
+    said: str, rounds: int, tau: int, warmup: int, total: int
+) -> None:
+    plan = make_plan(Request("demo", SCHEDULE, (parse_method(f"{HEAD}[set]\n{said}", "one", "one.toml"),)))
+    recipe = plan.methods[0].default
+    assert run_tokens(recipe) == plan.tokens
+    assert (recipe.federation.rounds, recipe.federation.tau) == (rounds, tau)
+    assert (recipe.node.warmup_steps, recipe.node.total_steps) == (warmup, total)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        (("node.total_steps=320",), 20 * ROUND_TOKENS),
+        (("node.total_steps=100", "federation.tau=10", "federation.rounds=10", "node.batch_size=3"), None),
+    ],
+)
+@pytest.mark.parametrize("name", method_names())
+def test_the_schedule_of_every_method_is_as_long_as_its_run(
+    name: str, overrides: tuple[str, ...], tokens: int | None
+) -> None:
+    plan = make_plan(request(name, overrides=overrides, tokens=tokens))
+    recipe, base = plan.methods[0].default, plan.base
+    assert base.total_steps == base.federation.sequential_steps
+    assert recipe.total_steps == recipe.federation.sequential_steps
+    share = recipe.node.warmup_steps / recipe.total_steps
+    assert share == pytest.approx(base.node.warmup_steps / base.total_steps, abs=0.51 / recipe.total_steps)
+
+
+def test_a_point_that_changes_tau_or_warm_up_keeps_the_schedules_shape_too() -> None:
+    text = f'''{HEAD}
+    [set]
+    "federation.tau" = "x0.5"
+    "node.warmup_steps" = "x0.5"
+    [tune]
+    "federation.tau" = ["x4"]
+    "node.warmup_steps" = ["x2"]
+    "node.total_steps" = [500]
+    '''
+    plan = make_plan(Request("demo", SCHEDULE, (parse_method(text, "one", "one.toml"),), tune=8))
+    found = {point.label(plan.methods[0].default): plan.job(plan.methods[0], point, 1).recipe
+             for point in plan.methods[0].points}  # fmt: skip
+    assert {recipe.federation.sequential_steps for recipe in found.values()} == {384}
+    for told, recipe in found.items():
+        assert recipe.node.warmup_steps == (80 if "warmup_steps" in told else 40)
+        assert recipe.node.total_steps == (500 if "total_steps" in told else 384)
+    assert len(found) == 8
+
+
 def test_tokens_that_cannot_be_equal_are_told() -> None:
     odd = parse_method(f'{HEAD}[set]\n"federation.tau" = 7', "odd", "odd.toml")
     plan = make_plan(Request("demo", (), (odd,)))

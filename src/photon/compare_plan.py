@@ -12,13 +12,14 @@ from photon.compare_tune import Point, points_of
 from photon.config import Recipe
 from photon.errors import InputError
 from photon.estimate import tokens_per_round
-from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor
+from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor, setting_value
 from photon.options import nearest
 from photon.recipe import load_recipe
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _TOKENS = re.compile(r"(?:tokens=)?(\d+(?:\.\d+)?)([kKmMbB]?)")
 _KEY_LETTERS = 12
+_SCHEDULE = ("node.warmup_steps", "node.total_steps")  # options in sequential steps
 
 
 @dataclass(frozen=True)
@@ -176,15 +177,22 @@ def _rounds_for(recipe: Recipe, tokens: int) -> int:
 
 
 def _settled(request: Request, method: Method, base: Recipe, seed: int, point: Settings) -> Recipe:
-    """The recipe of one run: as many rounds as come nearest to the base's tokens, whatever the method's batch.
+    """The recipe of one run: as many rounds as come nearest to the base's tokens, whatever the method's batch and tau.
 
-    Where that changes the method's rounds, its schedule keeps its shape over them.
+    The schedule counts sequential steps and keeps its shape over those of the run. What the method says of it holds for
+    the steps that the method comes to by itself; what it leaves alone was said of the base's.
     """
     overrides: Sequence[str] = [*request.overrides, f"seed={seed}", f"federation.rounds={base.federation.rounds}"]
     recipe = apply_method(method, request.source, overrides, point)
+    alone = apply_method(method, request.source, overrides) if point else recipe
     rounds = _rounds_for(recipe, run_tokens(base))
-    if rounds == recipe.federation.rounds:
-        return recipe
-    ratio = f"x{rounds / recipe.federation.rounds:.9f}"
-    shape = {"node.warmup_steps": ratio, "node.total_steps": ratio, "federation.rounds": rounds}
-    return apply_method(method, request.source, overrides, {**shape, **point})
+    steps = rounds * recipe.federation.tau
+    given = {override.partition("=")[0].strip() for override in request.overrides}
+    settled: dict[str, object] = {}
+    for address in _SCHEDULE:
+        is_said = address in method.settings and (is_factor(method.settings[address]) or address not in given)
+        stretch = steps / (alone if is_said else base).federation.sequential_steps
+        value = setting_value(recipe, address, f"x{stretch:.9f}", recipe.nodes_per_round)
+        if value is not None and (address not in point or is_factor(point[address])):
+            settled[address] = value
+    return apply_method(method, request.source, overrides, {**point, **settled, "federation.rounds": rounds})

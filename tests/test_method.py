@@ -52,6 +52,14 @@ def test_central_small_takes_k_times_the_steps_with_the_batch_of_one_node() -> N
     assert tokens_per_round(recipe) == base.node.batch_size * base.federation.tau * base.data.sequence_length
 
 
+@pytest.mark.parametrize("name", method_names())
+def test_laid_over_a_recipe_by_itself_a_method_keeps_the_share_of_its_run_that_the_schedule_covers(name: str) -> None:
+    overrides = ["node.total_steps=480", "node.warmup_steps=40"]  # as `photon train --method` has it
+    recipe = apply_method(load_method(name), "demo", overrides)
+    assert recipe.node.total_steps == recipe.federation.sequential_steps
+    assert recipe.node.warmup_steps * 12 == recipe.node.total_steps
+
+
 def test_an_override_wins_over_a_value_and_a_factor_multiplies_an_override() -> None:
     mine = parse_method(
         HEAD + '[set]\n"federation.outer_lr" = 0.7\n"node.lr" = "x0.5"\n"federation.rounds" = "xK"', "mine", "mine.toml"

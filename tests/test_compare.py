@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.faults.federations import finish, run, start, wait_for, write_recipe
 
-from photon.compare import slots_of
+from photon.compare import Asked, compare, slots_of
 from photon.compare_content import Comparison
 from photon.compare_curve import is_finished
+from photon.compare_jobs import Runner
+from photon.compare_plan import Request
+from photon.errors import InputError
+from photon.method import load_method
 from photon.recipe import load_recipe
 
 # Clocks, and bytes: the header of a message holds its seconds, and is as long as their digits.
@@ -136,6 +141,21 @@ def test_a_run_that_fails_is_told_and_the_page_written(recipe: Path) -> None:
     assert code == 1, output
     assert "failed, the rest is in" in output.replace("\n", " ")
     assert "failed" in (out / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("links", "device", "said"),
+    [(("100Mbps",), "h1000", r"--plan-device 'h1000' is not known.*h100"), (("fast",), "h100", "--links")],
+)
+def test_what_cannot_be_predicted_is_refused_before_anything_runs(
+    links: tuple[str, ...], device: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Runner, "run", lambda *rest: pytest.fail("began to train"))
+    out = tmp_path / "out"
+    request = Request("demo", (), (load_method("fedavg"),))
+    with pytest.raises(InputError, match=said):
+        compare(request, Asked(out, 1, None, links, device, "photon compare"), Console())
+    assert not out.exists()
 
 
 def test_jobs_share_the_devices_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from photon.cli_plan import PlanOptions, ask
-from photon.compare_links import link_labels, predicted_hours
+from photon.compare_links import check_prediction, link_labels, predicted_hours
 from photon.errors import InputError
 from photon.method import apply_method, load_method
 from photon.plan_answer import answer
@@ -18,6 +18,14 @@ def test_bandwidths_are_refused_early() -> None:
     assert link_labels(["100Mbps", "1Gbps"]) == ["100 Mbit/s", "1.00 Gbit/s"]
     with pytest.raises(InputError, match="--links"):
         link_labels(["fast"])
+
+
+def test_devices_are_refused_early() -> None:
+    for device in ("H100", "cpu", "measured"):
+        check_prediction(["1Gbps"], device)
+    check_prediction([], "h1000")  # nothing is predicted
+    with pytest.raises(InputError, match="--plan-device 'h1000' is not known"):
+        check_prediction(["1Gbps"], "h1000")
 
 
 def test_predicted_hours_are_those_of_photon_plan(tmp_path: Path) -> None:

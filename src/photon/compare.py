@@ -28,7 +28,7 @@ from photon.compare_content import (
 )
 from photon.compare_curve import RunResult, computes_bytes, is_finished, read_run
 from photon.compare_jobs import RECIPES, Runner, Slot
-from photon.compare_links import link_labels, predicted_hours
+from photon.compare_links import check_prediction, predicted_hours
 from photon.compare_plan import ComparePlan, Job, MethodPlan, Request, make_plan, notes_of
 from photon.compare_report import compare_page
 from photon.compare_tune import axes_of, edges_of, winner_of
@@ -68,7 +68,7 @@ def compare(request: Request, asked: Asked, console: Console) -> tuple[Compariso
     Raises ConfigError or InputError for what cannot be compared, StoppedError on Ctrl-C, and PhotonError, after all
     else is done and written, if runs failed.
     """
-    link_labels(asked.links)  # what is no bandwidth is refused before anything runs
+    check_prediction(asked.links, asked.device)  # which is asked for after all runs, hours later
     plan = make_plan(request)
     out = asked.out or Path("compare") / f"{plan.base.name}-{plan.key}"
     slots = slots_of(plan.base, asked.jobs)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from photon.config import Recipe
+from photon.devices import DEVICES, MEASURED
 from photon.durable import write_atomic
+from photon.errors import InputError
+from photon.options import hint
 from photon.plan_units import bandwidth_bits_per_s, bandwidth_text
 from photon.recipe import dump_recipe
 
@@ -20,6 +23,13 @@ _HOUR_S = 3600.0
 def link_labels(links: Sequence[str]) -> list[str]:
     """`100Mbps` as `100 Mbit/s`. Raises InputError for what is no bandwidth."""
     return [bandwidth_text(bandwidth_bits_per_s(link, "--links")) for link in links]
+
+
+def check_prediction(links: Sequence[str], device: str) -> None:
+    """Raises InputError for a bandwidth or a device that `predicted_hours` would refuse once all runs are done."""
+    link_labels(links)
+    if links and device.lower() not in DEVICES and device != MEASURED:
+        raise InputError(f"--plan-device {device!r} is not known; {hint(device, [*DEVICES, MEASURED])}")
 
 
 def predicted_hours(recipe: Recipe, links: Sequence[str], device: str, scratch: Path) -> tuple[dict[str, float], str]:

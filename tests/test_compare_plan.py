@@ -122,7 +122,7 @@ def test_the_schedule_of_every_method_is_as_long_as_its_run(
 
 
 def test_a_point_that_changes_tau_or_warm_up_keeps_the_schedules_shape_too() -> None:
-    text = f'''{HEAD}
+    text = f"""{HEAD}
     [set]
     "federation.tau" = "x0.5"
     "node.warmup_steps" = "x0.5"
@@ -130,7 +130,7 @@ def test_a_point_that_changes_tau_or_warm_up_keeps_the_schedules_shape_too() -> 
     "federation.tau" = ["x4"]
     "node.warmup_steps" = ["x2"]
     "node.total_steps" = [500]
-    '''
+    """
     plan = make_plan(Request("demo", SCHEDULE, (parse_method(text, "one", "one.toml"),), tune=8))
     found = {point.label(plan.methods[0].default): plan.job(plan.methods[0], point, 1).recipe
              for point in plan.methods[0].points}  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,6 +165,31 @@ def test_expected_nodes_are_the_mean_over_all_draws() -> None:
     # Two of three, one a spare: two count unless two or three drop out.
     spare = ("federation.dropout=0.5", "federation.nodes_per_round=2", "federation.oversample=0.5")
     assert nodes(3, *spare) == pytest.approx(2 - 4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("silos", "chosen", "oversample", "dropout"),
+    [
+        (5, 2, "0.5", "0.25"),
+        (8, 4, "1", "0.9"),
+        (60, 20, "2", "0.5"),
+        (3000, 1000, "0.5", "0.375"),
+        (1100, 1100, "0", "0.1"),
+    ],
+)
+def test_expected_nodes_are_the_exact_sum_however_many_there_are(
+    silos: int, chosen: int, oversample: str, dropout: str
+) -> None:
+    text = "".join(SILO.replace("core", f"n{index}") for index in range(silos))
+    overrides = [f"federation.nodes_per_round={chosen}", f"federation.oversample={oversample}"]
+    found = expected_nodes(parse_recipe(text, "test", [*overrides, f"federation.dropout={dropout}"]))
+    asked, p = min(silos, math.ceil((1 + Fraction(oversample)) * chosen)), Fraction(dropout)
+    gone, there = p.numerator, p.denominator - p.numerator
+    ways, exact = 1, 0
+    for stay in range(asked + 1):
+        exact += ways * there**stay * gone ** (asked - stay) * min(chosen, max(1, stay))
+        ways = ways * (asked - stay) // (stay + 1)
+    assert found == pytest.approx(float(Fraction(exact, p.denominator**asked)), rel=1e-10)
 
 
 def test_tokens_with_drop_outs_are_the_mean() -> None:

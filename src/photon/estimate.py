@@ -134,15 +134,22 @@ def expected_nodes(recipe: Recipe) -> float:
     """Nodes of a round whose updates count: K, and with `federation.dropout` the mean over the draws.
 
     Each of the n that are drawn drops out with probability p, but one stays if all would: that leaves n (1 - p) + p^n.
-    With spares (`federation.oversample`) n is larger than K, and no more than K count.
+    With spares (`federation.oversample`) n is larger than K, and no more than K count: K less what is missing where
+    fewer stay.
     """
     nodes, p = recipe.nodes_per_round, recipe.federation.dropout
     if not p:
         return float(nodes)
     n = min(len(recipe.silo), math.ceil((1 + Fraction(str(recipe.federation.oversample))) * nodes))
-    return math.fsum(
-        math.comb(n, stay) * (1 - p) ** stay * p ** (n - stay) * min(nodes, max(1, stay)) for stay in range(n + 1)
-    )
+    if n == nodes:
+        return n * (1 - p) + p**n
+    return nodes - math.fsum(_binomial(n, stay, p) * (nodes - max(1, stay)) for stay in range(nodes))
+
+
+def _binomial(n: int, stay: int, p: float) -> float:
+    """The probability that `stay` of n stay; by logarithms, for above n = 1029 the coefficient is no float."""
+    ways = math.lgamma(n + 1) - math.lgamma(stay + 1) - math.lgamma(n - stay + 1)
+    return math.exp(ways + stay * math.log1p(-p) + (n - stay) * math.log(p))
 
 
 def tokens_per_round(recipe: Recipe) -> int:

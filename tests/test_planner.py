@@ -204,6 +204,25 @@ def test_the_planned_tau_reaches_the_wanted_utilisation() -> None:
     assert answer(with_tau(question, plan.tau_for_utilisation - 1)).utilisation < 0.95
 
 
+@pytest.mark.parametrize("taus", [[40, None], [3, 3], [None, 200], [1, None]], ids=str)
+def test_an_owners_own_tau_keeps_its_ratio_when_another_tau_is_planned(taus: list[int | None]) -> None:
+    recipe = recipe_of(nodes=2, rounds=1000)
+    silos = [silo.model_copy(update={"tau": tau}) for silo, tau in zip(recipe.silo, taus, strict=True)]
+    recipe = recipe.model_copy(update={"silo": silos})
+    question = question_of(recipe, link_of(1e8, 0.05), wanted_utilisation=0.9)
+    plan = answer(question)
+    same, thrice = answer(with_tau(question, 10)), answer(with_tau(question, 30))
+    assert (same.tokens, same.train_s, same.baseline) == (plan.tokens, plan.train_s, plan.baseline)
+    assert [silo.tau for silo in with_tau(question, 30).recipe.silo] == [tau and 3 * tau for tau in taus]
+    assert thrice.phases_s["train"] == pytest.approx(3 * plan.phases_s["train"])
+    assert [silo.tau for silo in with_tau(question, 1).recipe.silo] == [tau and max(1, round(tau / 10)) for tau in taus]
+    # The planned tau reaches the wanted share of training; a mutant that forgets the owners' own takes another.
+    assert answer(with_tau(question, plan.tau_for_utilisation)).utilisation == pytest.approx(0.9, abs=2e-3)
+    forgetful = replace(question, recipe=recipe_of(nodes=2, rounds=1000))
+    if max(tau or 10 for tau in taus) > 10:
+        assert answer(forgetful).tau_for_utilisation > 2 * plan.tau_for_utilisation
+
+
 def test_virtual_nodes_queue() -> None:
     recipe, link = recipe_of(nodes=5), link_of(GBIT)
     node_bytes = RoundBytes(10, 10, 10)

@@ -287,6 +287,8 @@ def _told_of_run(options: PlanOptions, recipe: Recipe, node_bytes: RoundBytes) -
     misses = recipe.nodes_per_round < len(recipe.silo) or recipe.federation.dropout > 0
     if node_bytes.sends_differences and misses:
         told.append("a node that missed a round gets the whole model; bytes of the run are the mean over the draws")
+    if any(silo.tau for silo in recipe.silo):
+        told.append("an owner with a tau of its own keeps its ratio to federation.tau where another tau is planned")
     if recipe.federation.dropout:
         told.append(
             f"of {recipe.nodes_per_round} nodes drawn, {significant(expected_nodes(recipe))} take part in the mean "

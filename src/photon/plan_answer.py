@@ -215,6 +215,7 @@ def answer(question: Question) -> Plan:
         break_even=_break_even(question, baseline, overlapped=False),
         break_even_overlapped=_break_even(question, baseline, overlapped=True),
         wanted_utilisation=question.wanted_utilisation,
+        # A step of the federation's tau: if an owner has a tau of its own, that grows in ratio (see `with_tau`).
         tau_for_utilisation=tau_for_utilisation(
             question.wanted_utilisation, train_s / course.mean_tau, prediction.round_s - train_s
         ),
@@ -226,14 +227,18 @@ def answer(question: Question) -> Plan:
 def with_tau(question: Question, tau: int) -> Question:
     """The same tokens in rounds of another length (with a last round that is not full, a few more).
 
-    Per-step training, which knows no tau, stays as it was. Raises ConfigError if a part does not suit that tau.
+    An owner with a tau of its own keeps its ratio to the federation's. Per-step training, which knows no tau, stays as
+    it was. Raises ConfigError if a part does not suit that tau.
     """
     baseline = _baseline(question, _prediction(question, question.link).phases_s["train"])
     same = replace(question.baseline, steps=baseline.steps, steps_per_s=baseline.steps / baseline.compute_s)
     federation = question.recipe.federation
     rounds = max(1, math.ceil(federation.rounds * federation.tau / tau))
     changed = federation.model_copy(update={"tau": tau, "rounds": rounds})
-    silos = [silo.model_copy(update={"tau": None}) for silo in question.recipe.silo]
+    silos = [
+        silo.model_copy(update={"tau": silo.tau and max(1, round(silo.tau * tau / federation.tau))})
+        for silo in question.recipe.silo
+    ]
     recipe = question.recipe.model_copy(update={"federation": changed, "silo": silos})
     if changed.parts:
         from photon.parts.method import Method  # here, because it brings torch

@@ -289,6 +289,22 @@ def test_a_sweep_leaves_out_what_parts_do_not_allow(tmp_path: Path) -> None:
     output("demo --out", str(tmp_path / "plan.html"), "federation.parts=fragments(count=4)")
 
 
+def test_a_sweep_ends_with_the_run(tmp_path: Path) -> None:
+    sweep = planned("demo --sweep tau=16..2000")["sweep"]
+    assert [point["value"] for point in sweep["points"]] == [16, 32, 64, 128, 256]  # the run has 480 steps
+    assert {point["tokens"] for point in sweep["points"]} == {480 * 4 * 4 * 256}
+    assert planned("demo --sweep tau=1..480")["sweep"]["points"][-1]["value"] == 480
+    assert "tau=481..600 lies beyond the run: it is over after 480 local steps" in refused("demo --sweep tau=481..600")
+    short = "demo federation.rounds=1 federation.tau=4 node.warmup_steps=0"
+    output(short, "--out", str(tmp_path / "short.html"))
+    assert (tmp_path / "short.html").read_text("utf-8").count("<svg") == 2  # over bandwidth alone
+    assert "tau=8..1024 lies beyond the run" in refused(f"{short} --out {tmp_path / 'short.svg'}")
+    output("demo --out", str(tmp_path / "demo.html"))
+    page = (tmp_path / "demo.html").read_text("utf-8")
+    assert "training, 256:" in page
+    assert "training, 512:" not in page
+
+
 def test_parameters_alone_have_no_fragments() -> None:
     found = planned("demo --parameters 1000000 --bytes-per-parameter 2", "federation.parts=share(second=0)")
     assert 2_000_000 < found["bytes"]["node_up_bytes"] <= 4_000_000

@@ -223,6 +223,24 @@ def test_an_owners_own_tau_keeps_its_ratio_when_another_tau_is_planned(taus: lis
         assert answer(forgetful).tau_for_utilisation > 2 * plan.tau_for_utilisation
 
 
+@pytest.mark.parametrize("parts", [[], ["tau_ramp(first=4)"]], ids=str)
+@given(tau=st.integers(5, 400), again=st.integers(5, 400))
+@settings(deadline=None, max_examples=20)
+def test_the_run_keeps_its_tokens_whatever_tau(parts: list[str], tau: int, again: int) -> None:
+    """Rounds that are not all full train no more than the run does: the last one is shorter."""
+    question = question_of(recipe_of(rounds=40, parts=parts), link_of(1e8, 0.05))
+    plan, other = answer(question), with_tau(question, tau)
+    for found in (answer(other), answer(with_tau(other, again))):
+        assert found.tokens == plan.tokens == 40 * 10 * 4 * 2 * 100
+        assert found.train_s == pytest.approx(plan.train_s)
+        assert found.baseline.compute_ratio == pytest.approx(plan.baseline.compute_ratio)
+        rest_s = found.round_s - found.phases_s["train"]
+        assert found.total_s == pytest.approx(plan.train_s + found.rounds * rest_s)
+    if not parts:
+        assert answer(other).rounds == math.ceil(400 / tau)
+        assert answer(other).phases_s["train"] == pytest.approx(tau * 2 * 100 / 1e4)  # of a full round
+
+
 def test_virtual_nodes_queue() -> None:
     recipe, link = recipe_of(nodes=5), link_of(GBIT)
     node_bytes = RoundBytes(10, 10, 10)

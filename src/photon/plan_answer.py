@@ -19,7 +19,6 @@ from photon.planner import (
     break_even,
     predict_round,
     tau_for_utilisation,
-    total_s,
 )
 
 _DAY_S = 86_400.0
@@ -66,6 +65,17 @@ class Question:
     device_memory_bytes: int | None = None
     stage_bytes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # "up", "down": by stage
     assumptions: tuple[str, ...] = ()
+    steps: int | None = None  # of the run, where its last round is shorter; None: all rounds are full
+
+    @property
+    def sequential_steps(self) -> int:
+        """Steps after which the run is over."""
+        return self.steps or self.recipe.federation.sequential_steps
+
+    @property
+    def trained_rounds(self) -> float:
+        """How many full rounds of training the run has."""
+        return self.course.rounds * self.sequential_steps / self.recipe.federation.sequential_steps
 
     @cached_property
     def course(self) -> Course:
@@ -187,9 +197,10 @@ def answer(question: Question) -> Plan:
     course = question.course
     question = replace(question, node_bytes=question.node_bytes.over(course.rounds))
     prediction = _prediction(question, question.link)
-    run_s = total_s(course.rounds, prediction.round_s)
+    run_s = prediction.run_s(course.rounds, question.trained_rounds)
     train_s = prediction.phases_s["train"]
-    tokens = tokens_per_round(recipe) * federation.rounds  # where tau varies, in other rounds, but as many steps
+    # Where tau varies, in other rounds, but as many steps.
+    tokens = round(tokens_per_round(recipe) * question.sequential_steps / federation.tau)
     traffic = _bytes(question, prediction.round_s, tokens)
     baseline = _baseline(question, train_s)
     return Plan(
@@ -209,7 +220,7 @@ def answer(question: Question) -> Plan:
         round_s=prediction.round_s,
         utilisation=prediction.utilisation,
         total_s=run_s,
-        train_s=course.rounds * train_s,
+        train_s=question.trained_rounds * train_s,
         exchange_s=course.rounds * (prediction.phases_s["download"] + prediction.phases_s["upload"]),
         baseline=baseline,
         break_even=_break_even(question, baseline, overlapped=False),
@@ -225,7 +236,7 @@ def answer(question: Question) -> Plan:
 
 
 def with_tau(question: Question, tau: int) -> Question:
-    """The same tokens in rounds of another length (with a last round that is not full, a few more).
+    """The same steps, and tokens, in rounds of another length; the last round is shorter where they do not divide.
 
     An owner with a tau of its own keeps its ratio to the federation's. Per-step training, which knows no tau, stays as
     it was. Raises ConfigError if a part does not suit that tau.
@@ -233,7 +244,8 @@ def with_tau(question: Question, tau: int) -> Question:
     baseline = _baseline(question, _prediction(question, question.link).phases_s["train"])
     same = replace(question.baseline, steps=baseline.steps, steps_per_s=baseline.steps / baseline.compute_s)
     federation = question.recipe.federation
-    rounds = max(1, math.ceil(federation.rounds * federation.tau / tau))
+    steps = question.sequential_steps
+    rounds = math.ceil(steps / tau)
     changed = federation.model_copy(update={"tau": tau, "rounds": rounds})
     silos = [
         silo.model_copy(update={"tau": silo.tau and max(1, round(silo.tau * tau / federation.tau))})
@@ -244,7 +256,7 @@ def with_tau(question: Question, tau: int) -> Question:
         from photon.parts.method import Method  # here, because it brings torch
 
         Method.of(recipe)
-    return replace(question, recipe=recipe, baseline=same)
+    return replace(question, recipe=recipe, baseline=same, steps=steps)
 
 
 def with_bandwidth(question: Question, up_bits_per_s: float) -> Question:
@@ -325,10 +337,10 @@ def _bytes(question: Question, round_s: float, tokens: float) -> BytesPlan:
 
 def _baseline(question: Question, train_s: float) -> BaselinePlan:
     """Steps and their time as asked, or from the federation's: its training time over `compute_ratio`."""
-    federation, asked = question.recipe.federation, question.baseline
-    federated_s = question.course.rounds * train_s
+    asked = question.baseline
+    federated_s = question.trained_rounds * train_s
     # In the federation's order: as many steps in all, fewer of them by the ratio.
-    steps = asked.steps if asked.steps is not None else federation.rounds * federation.tau / asked.compute_ratio
+    steps = asked.steps if asked.steps is not None else question.sequential_steps / asked.compute_ratio
     step_s = 1 / asked.steps_per_s if asked.steps_per_s is not None else federated_s / asked.compute_ratio / steps
     exchange_s = _step_exchange_s(question, question.link)
     return BaselinePlan(
@@ -355,10 +367,10 @@ def _step_sent_bytes(question: Question) -> float:
 
 
 def _break_even(question: Question, baseline: BaselinePlan, overlapped: bool) -> BreakEven:
-    rounds, step_s = question.course.rounds, baseline.compute_s / baseline.steps
+    step_s = baseline.compute_s / baseline.steps
 
     def federated_s(link: LinkSpeed) -> float:
-        return total_s(rounds, _prediction(question, link).round_s)
+        return _prediction(question, link).run_s(question.course.rounds, question.trained_rounds)
 
     def per_step_s(link: LinkSpeed) -> float:
         return baseline_s(baseline.steps, step_s, _step_exchange_s(question, link), overlapped)

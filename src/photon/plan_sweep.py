@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -98,10 +99,16 @@ def parse_sweep(text: str) -> Asked:
 def swept(question: Question, asked: Asked) -> Sweep:
     """The plan at every value; tokens stay the same as tau changes.
 
-    Left out is a tau that the recipe's parts do not allow. Raises ConfigError if they allow none.
+    Left out is a tau beyond the whole run, or one that the recipe's parts do not allow. Raises InputError, or the
+    parts' ConfigError, if none is left.
     """
-    points, refusal = list[Point](), ConfigError("nothing to sweep")
-    for value in asked.values:
+    steps = question.sequential_steps
+    values = [value for value in asked.values if asked.key != "tau" or value <= steps]
+    refusal: InputError = InputError(
+        f"tau={asked.values[0]:.0f}..{asked.values[-1]:.0f} lies beyond the run: it is over after {steps} local steps"
+    )
+    points = list[Point]()
+    for value in values:
         try:
             changed = with_tau(question, round(value)) if asked.key == "tau" else with_bandwidth(question, value)
         except ConfigError as error:
@@ -167,13 +174,21 @@ def pictures(sweep: Sweep) -> list[Picture]:
 
 
 def write_picture(path: Path, question: Question, plan: Plan, sweep: Sweep | None) -> None:
-    """A page with the plan and its pictures (.html), or the time chart alone (.svg). Without a sweep: the usual two."""
+    """A page with the plan and its pictures (.html), or the time chart alone (.svg). Without a sweep: the usual two.
+
+    A usual one that this run is too short for, or that its parts refuse, has nothing to show: the page goes without it,
+    and a chart alone raises InputError.
+    """
     from photon.durable import write_atomic
 
-    sweeps = [sweep] if sweep else [swept(question, parse_sweep(text)) for text in DEFAULTS]
     if path.suffix == ".svg":
-        write_atomic(path, _standalone(draw(pictures(sweeps[0])[0], sweeps[0])))
+        drawn = sweep or swept(question, parse_sweep(DEFAULTS[0]))
+        write_atomic(path, _standalone(draw(pictures(drawn)[0], drawn)))
         return
+    sweeps = [sweep] if sweep else []
+    for text in () if sweep else DEFAULTS:
+        with suppress(InputError):
+            sweeps.append(swept(question, parse_sweep(text)))
     write_atomic(path, page(plan, sweeps))
 
 

@@ -92,6 +92,10 @@ class RoundPrediction:
         """Share of the round in which nodes train."""
         return self.phases_s["train"] / self.round_s
 
+    def run_s(self, rounds: int, trained_rounds: float) -> float:
+        """R x round, where all are full; the last one may be shorter, so that less is trained than R rounds do."""
+        return rounds * self.round_s - (rounds - trained_rounds) * self.phases_s["train"]
+
 
 @dataclass(frozen=True)
 class PhaseComparison:
@@ -191,11 +195,6 @@ def tau_for_utilisation(wanted: float, step_s: float, rest_s: float) -> int:
     if not 0 <= wanted < 1:
         raise ValueError(f"a utilisation is at least 0 and below 1, not {wanted:g}")
     return max(1, math.ceil(wanted / (1 - wanted) * rest_s / step_s - 1e-9))
-
-
-def total_s(rounds: int, round_s: float) -> float:
-    """R x round."""
-    return rounds * round_s
 
 
 def baseline_s(steps: float, step_s: float, exchange_s: float, overlapped: bool) -> float:

@@ -186,6 +186,18 @@ def test_words_of_train() -> None:
         split_words(["a", "b"])
 
 
+def test_a_path_with_an_equals_sign_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("/data/lr=1/a.toml", "./lr=1.toml", "../seed=3"):
+        assert split_words(["node.lr=1", word]) == (word, ["node.lr=1"])
+    assert split_words(["lr=1/a.toml"]) == ("demo", ["lr=1/a.toml"])  # no such file: an option, which is refused
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "a.toml").write_text("")
+    assert split_words(["lr=1/a.toml", "seed=3"]) == ("lr=1/a.toml", ["seed=3"])
+    long = f"data.tokenizer_text={['text'] * 1000}"  # a file cannot have so long a name
+    assert split_words([long]) == ("demo", [long])
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; import photon.cli; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

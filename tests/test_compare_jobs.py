@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from photon.cli import split_words
 from photon.compare_curve import is_finished
 from photon.compare_jobs import Runner
 from photon.compare_plan import Job, Request, make_plan
@@ -107,6 +108,19 @@ def test_a_finished_run_is_used_and_an_unfinished_one_resumed(tmp_path: Path, tr
     assert not again.failures
     again.run(wanted, "run")
     assert trainer.calls() == []
+
+
+def test_a_folder_with_an_equals_sign_is_no_option(
+    tmp_path: Path, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (wanted,) = jobs("fedavg")
+    Runner(Path("lr=0.1"), [trainer.slot], Console(file=io.StringIO()), "photon compare again").run([wanted], "run")
+    ((recipe, *_),) = trainer.calls()
+    recipes = tmp_path / "lr=0.1" / "recipes"
+    assert split_words([recipe]) == (str(recipes / f"{wanted.name}.toml"), [])
+    monkeypatch.chdir("/")  # and where a word is a file is not asked
+    assert split_words([recipe]) == (recipe, [])
 
 
 def test_what_was_stopped_before_it_was_a_run_begins_anew(tmp_path: Path, trainer: Trainer) -> None:

@@ -44,3 +44,11 @@ def test_predicted_hours_are_those_of_photon_plan(tmp_path: Path) -> None:
     assert slow["10.0 Mbit/s"] > slow["1.00 Gbit/s"]  # it waits for gradients at every step
     assert alone["10.0 Mbit/s"] == pytest.approx(alone["1.00 Gbit/s"])  # nothing to wait for
     assert predicted_hours(per_step, [], "cpu", scratch) == ({}, "")
+
+
+def test_a_folder_with_an_equals_sign_is_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("lr=0.1")
+    folder.mkdir()
+    hours, _ = predicted_hours(load_recipe("demo"), ["1Gbps"], "cpu", folder / "plan.toml")
+    assert hours["1.00 Gbit/s"] > 0

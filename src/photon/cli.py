@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -209,11 +210,20 @@ def report(run: RunArgument) -> None:
 
 
 def split_words(words: list[str]) -> tuple[str, list[str]]:
-    """`[RECIPE] [key=value ...]` -> (recipe, overrides). An override may come first: the recipe is then demo."""
-    recipes = [word for word in words if "=" not in word]
+    """`[RECIPE] [key=value ...]` -> (recipe, overrides). An override may come first: the recipe is then demo.
+
+    A path may have a `=` in it: a word that is a file, or begins as a path does, is the recipe.
+    """
+    overrides = [word for word in words if "=" in word and not _is_path(word)]
+    recipes = [word for word in words if word not in overrides]
     if len(recipes) > 1:
         raise InputError(f"one recipe at a time, not {', '.join(recipes)}; options are written section.key=value")
-    return (recipes[0] if recipes else "demo"), [word for word in words if "=" in word]
+    return (recipes[0] if recipes else "demo"), overrides
+
+
+def _is_path(word: str) -> bool:
+    # Not Path.is_file, which raises OSError for a long override: no file's name is as long.
+    return word.startswith(("/", "./", "../")) or os.path.isfile(word)  # noqa: PTH113 - see above
 
 
 def main() -> None:

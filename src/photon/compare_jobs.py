@@ -105,7 +105,8 @@ class Runner:
             recipe = self.out / RECIPES / f"{job.name}.toml"
             recipe.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(recipe, dump_recipe(job.recipe))
-            arguments = [str(recipe), "--run", str(folder)]
+            # Absolute, so that a `=` in a folder's name is not taken for an option.
+            arguments = [str(recipe.absolute()), "--run", str(folder)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(  # noqa: S603 - this Python and our own module

@@ -56,4 +56,5 @@ def _question(recipe: Recipe, link: str, device: str, scratch: Path) -> Question
     from photon.cli_plan import PlanOptions, ask
 
     write_atomic(scratch, dump_recipe(recipe))
-    return ask(PlanOptions(words=[str(scratch)], bandwidth=link, device=device))
+    # Absolute, so that a `=` in a folder's name is not taken for an option.
+    return ask(PlanOptions(words=[str(scratch.absolute())], bandwidth=link, device=device))

@@ -35,7 +35,9 @@ folder = pathlib.Path(arguments[-1])
 method = folder.name.split("-s1337-")[0]
 orders = json.loads((here / "orders").read_text())
 order = orders.pop(method, None)
-(here / "orders").write_text(json.dumps(orders))
+if order is not None:  # whole or not at all: another job may be reading
+    (here / f"orders-{method}").write_text(json.dumps(orders))
+    (here / f"orders-{method}").replace(here / "orders")
 folder.mkdir(parents=True, exist_ok=True)
 if order == "early":
     print("photon: stopped before it was a run")

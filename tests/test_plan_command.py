@@ -81,6 +81,15 @@ def test_the_papers_inputs_spelled_out_are_the_same() -> None:
     assert planned(EXPLICIT) == planned("paper-7b --paper")
 
 
+def test_the_papers_inputs_give_way_to_a_nodes_speed() -> None:
+    tokens_per_step = 1024 * 2048
+    given = planned(f"paper-7b --paper --tokens-per-second {0.064 * tokens_per_step}")
+    assert given["train_s"] == pytest.approx(planned("paper-7b --paper --steps-per-second 0.064")["train_s"])
+    assert given["train_s"] == pytest.approx(planned("paper-7b --paper")["train_s"] / 2)
+    assert "A100" in " ".join(planned("paper-7b --paper --device a100")["assumptions"])
+    assert "give one" in refused("paper-7b --paper --tokens-per-second 5 --steps-per-second 5")
+
+
 def test_our_own_7b_differs_by_its_fewer_parameters_alone() -> None:
     paper, ours = planned("paper-7b --paper"), planned("paper-7b --paper --parameters 6649024512")
     ratio = 6649024512 / 6658859008

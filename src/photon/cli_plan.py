@@ -171,6 +171,7 @@ def _as_in_the_paper(options: PlanOptions, recipe: str) -> PlanOptions:
     from photon.plan_paper import BANDWIDTH, BYTES_PER_PARAMETER, paper_row
 
     row = paper_row(recipe)
+    has_speed = options.steps_per_second or options.tokens_per_second or options.device
     return replace(
         options,
         ideal=True,
@@ -179,7 +180,7 @@ def _as_in_the_paper(options: PlanOptions, recipe: str) -> PlanOptions:
         topology=options.topology or "ring",
         parameters=options.parameters or row.parameters,
         bytes_per_parameter=options.bytes_per_parameter or BYTES_PER_PARAMETER,
-        steps_per_second=options.steps_per_second or row.steps_per_s,
+        steps_per_second=options.steps_per_second if has_speed else row.steps_per_s,
         baseline_steps=options.baseline_steps or row.baseline_steps,
         baseline_steps_per_second=options.baseline_steps_per_second or row.baseline_steps_per_s,
     )

@@ -158,6 +158,14 @@ def test_what_cannot_be_predicted_is_refused_before_anything_runs(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("below", [".", "deeper"])
+def test_a_file_in_the_place_of_its_folder_is_told(below: str, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    asked = Asked(tmp_path / "out" / below, 1, None, (), "h100", "photon compare")
+    with pytest.raises(InputError, match=r"--out .*out.* cannot be made a folder"):
+        compare(Request("demo", (), (load_method("fedavg"),)), asked, Console())
+
+
 def test_jobs_share_the_devices_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     demo = load_recipe("demo")

@@ -34,6 +34,12 @@ def test_what_is_no_budget_is_refused(text: str) -> None:
         parse_budget(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "tokens=2000000B"])
+def test_a_budget_beyond_all_text_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"--budget is at most 1e\+15 tokens, not .{1,70}$"):
+        parse_budget(text)
+
+
 @pytest.mark.parametrize(
     ("tokens", "rounds"),
     [(1, 1), (ROUND_TOKENS, 1), (10 * ROUND_TOKENS, 10), (10 * ROUND_TOKENS + ROUND_TOKENS // 2 - 1, 10)],

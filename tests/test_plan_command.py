@@ -180,12 +180,51 @@ MISTAKES = {
     "demmo": "demo",
     "demo link.up=int5": "int",
     "paper-7b --device measured": "name a device instead",
+    "demo --out nowhere/plan.html": "--out nowhere/plan.html: there is no folder nowhere",
+    f"demo --out {__file__}/plan.svg": "there is no folder",
+    "demo --latency 1e308s": "--latency is a time such as 50ms or 0.1s, at most 1000h",
+    "demo --control 1e9h": "--control is a time such as",
+    "demo --bandwidth 1e-300bps": "from 1bps to 1000Tbps",
+    "demo --sweep bandwidth=1bps..1e300bps": "from 1bps to 1000Tbps",
+    "demo --mfu 1e300": "--mfu must be above 0, from 1e-06 to 1, not 1e+300",
+    "demo --tokens-per-second 1e-320": "--tokens-per-second must be above 0",
+    "demo --steps-per-second nan": "--steps-per-second must be above 0",
+    "demo --bytes-per-parameter 1e308": "--bytes-per-parameter must be above 0, from 1e-06 to 1000",
+    "demo --compute-ratio 1e308": "--compute-ratio must be above 0",
+    "demo --baseline-steps 1e-320": "--baseline-steps must be above 0",
+    "demo --price-device nan": "--price-device is at most",
+    f"demo --sweep tau=1..{'9' * 5000}": "A below B, at most 1,000,000,000, not '1..999",
 }
 
 
-@pytest.mark.parametrize("line", MISTAKES)
+@pytest.mark.parametrize("line", MISTAKES, ids=lambda line: line[:60])
 def test_mistakes_are_told(line: str) -> None:
-    assert MISTAKES[line] in refused(line)
+    said = refused(line)
+    assert MISTAKES[line] in said
+    assert len(said) < 400
+
+
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "plan.html").mkdir()
+    assert "plan.html cannot be written: " in refused(f"demo --out {tmp_path / 'plan.html'}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--latency 1000h --control 1000h", "--bandwidth 1bps --bytes-per-parameter 1000", "--bandwidth 1000Tbps",
+        "--mfu 1e-6", "--mfu 1 --devices-per-node 1000000", "--tokens-per-second 1e-3", "--tokens-per-second 1e15",
+        "--steps-per-second 1e-9", "--steps-per-second 1e9", "--bytes-per-parameter 1e-6", "--compute-ratio 1e-3",
+        "--compute-ratio 1000", "--baseline-steps 1e15 --baseline-steps-per-second 1e-9", "--at-once 1000000",
+        "--parameters 1000000000000000 --bandwidth 1bps --price-traffic 1e12 --price-device 1e12",
+        "--sweep bandwidth=1bps..1000Tbps", "--sweep tau=1..1000000000", "--utilisation 0.9999999999999999",
+    ],
+)  # fmt: skip
+def test_at_the_ends_of_what_is_allowed_a_plan_is_still_made(words: str) -> None:
+    plan = planned(f"demo {words}")
+    assert all(math.isfinite(value) for value in plan.values() if isinstance(value, float))
+    assert plan["round_s"] > 0
+    output(f"demo {words}")
 
 
 def test_units() -> None:

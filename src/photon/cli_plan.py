@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -25,6 +27,22 @@ photon plan paper-1.3b link=balanced --device h100 --devices-per-node 8 --bandwi
 photon plan paper-7b --paper   (the paper's own comparison: 95.6 hours against 148)\n
 photon plan paper-125m --sweep bandwidth=10Mbps..10Gbps --out plan.html"""
 
+# From least to most: beyond these no site, model or training is, and formulas leave the range of numbers.
+_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "mfu": (1e-6, 1.0),
+        "tokens_per_second": (1e-3, 1e15),
+        "steps_per_second": (1e-9, 1e9),
+        "bytes_per_parameter": (1e-6, 1e3),
+        "compute_ratio": (1e-3, 1e3),
+        "baseline_steps": (1.0, 1e15),
+        "baseline_steps_per_second": (1e-9, 1e9),
+        "baseline_bytes_per_parameter": (1e-6, 1e3),
+    }
+)
+_MOST_MONEY = 1e12
+_MOST = 10**6  # nodes, devices of a node
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -34,7 +52,7 @@ class PlanOptions:
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [section.key=value ...]", help="Preset or TOML file (default demo); options."),
     ] = None
-    nodes: Annotated[int | None, typer.Option(help="Nodes of a round; default: the recipe's.", min=1)] = None
+    nodes: Annotated[int | None, typer.Option(help="Nodes of a round; default: the recipe's.", min=1, max=_MOST)] = None
     bandwidth: Annotated[str | None, typer.Option(help="Of a node's link, up (1Gbps, 20MB/s); default 1Gbps.")] = None
     bandwidth_down: Annotated[str | None, typer.Option(help="The same, down; default: as up.")] = None
     aggregator_bandwidth: Annotated[
@@ -45,12 +63,12 @@ class PlanOptions:
         str | None,
         typer.Option(help="h100, a100, 4090, cpu ... (default h100), or measured: time this machine first."),
     ] = None
-    devices_per_node: Annotated[int, typer.Option(help="Devices that share a node's work.", min=1)] = 1
+    devices_per_node: Annotated[int, typer.Option(help="Devices that share a node's work.", min=1, max=_MOST)] = 1
     mfu: Annotated[float | None, typer.Option(help="Share of the device's peak that training reaches.")] = None
     tokens_per_second: Annotated[float | None, typer.Option(help="Of one node, instead of a device.")] = None
     steps_per_second: Annotated[float | None, typer.Option(help="Local steps of one node, instead of tokens.")] = None
     at_once: Annotated[
-        int | None, typer.Option(help="Nodes that work at once, the others queue; default: all.", min=1)
+        int | None, typer.Option(help="Nodes that work at once, the others queue; default: all.", min=1, max=_MOST)
     ] = None
     control: Annotated[
         str | None, typer.Option(help="A round's messages and waiting, without latency; default 3s.")
@@ -62,7 +80,9 @@ class PlanOptions:
         Literal["ps", "allreduce", "ring"] | None,
         typer.Option(help="ps = through the Aggregator, as Photon runs it; the others to compare."),
     ] = None
-    parameters: Annotated[int | None, typer.Option(help="Plan for a model of so many instead.", min=1)] = None
+    parameters: Annotated[int | None, typer.Option(help="Plan for a model of so many instead.", min=1, max=10**15)] = (
+        None
+    )
     bytes_per_parameter: Annotated[
         float | None, typer.Option(help="Sizes of updates and models sent, instead of the codecs'.")
     ] = None
@@ -105,7 +125,10 @@ def run_plan(options: PlanOptions) -> None:
     plan = answer(question)
     sweep = swept(question, asked) if asked else None
     if options.out is not None:
-        write_picture(options.out, question, plan, sweep)
+        try:
+            write_picture(options.out, question, plan, sweep)
+        except OSError as error:
+            raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from error
     if options.as_json:
         typer.echo(plan_json(plan, sweep))
         return
@@ -190,25 +213,22 @@ def _check(options: PlanOptions) -> None:
     """Raises InputError for what typer cannot see."""
     if not 0 <= options.utilisation < 1:
         raise InputError(f"--utilisation is at least 0 and below 1, not {options.utilisation:g}")
-    positive = {
-        "--mfu": options.mfu,
-        "--tokens-per-second": options.tokens_per_second,
-        "--steps-per-second": options.steps_per_second,
-        "--bytes-per-parameter": options.bytes_per_parameter,
-        "--compute-ratio": options.compute_ratio,
-        "--baseline-steps": options.baseline_steps,
-        "--baseline-steps-per-second": options.baseline_steps_per_second,
-        "--baseline-bytes-per-parameter": options.baseline_bytes_per_parameter,
-    }
-    for name, value in positive.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name} must be above 0, not {value:g}")
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} must be above 0, from {least:g} to {most:g}, not {value:g}")
+    for option, price in {"--price-device": options.price_device, "--price-traffic": options.price_traffic}.items():
+        if price is not None and not price <= _MOST_MONEY:
+            raise InputError(f"{option} is at most {_MOST_MONEY:g}, not {price:g}")
     if options.tokens_per_second and options.steps_per_second:
         raise InputError("--tokens-per-second and --steps-per-second say the same: give one")
     if options.device and (options.tokens_per_second or options.steps_per_second):
         raise InputError("--device goes without --tokens-per-second and --steps-per-second: they stand for it")
     if options.out is not None and options.out.suffix not in (".html", ".svg"):
         raise InputError(f"--out ends in .html or .svg, not {options.out.name!r}")
+    if options.out is not None and not options.out.parent.is_dir():
+        raise InputError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
 
 
 def _bodies(options: PlanOptions, recipe: Recipe, facts: ModelFacts) -> tuple[RoundBytes, dict[str, dict[str, int]]]:

@@ -73,7 +73,10 @@ def compare(request: Request, asked: Asked, console: Console) -> tuple[Compariso
     out = asked.out or Path("compare") / f"{plan.base.name}-{plan.key}"
     slots = slots_of(plan.base, asked.jobs)
     console.print(f"comparison in {out}", markup=False, highlight=False, soft_wrap=True)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made a folder: {error.strerror}") from error
     with only_process(out / ".lock", f"{out} is being worked on by another photon compare"):
         runner = Runner(out, slots, console, asked.command)
         if len(slots) > 1:

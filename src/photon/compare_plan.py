@@ -14,10 +14,12 @@ from photon.errors import InputError
 from photon.estimate import tokens_per_round
 from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor, setting_value
 from photon.options import nearest
+from photon.readable import one_line
 from photon.recipe import load_recipe
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _TOKENS = re.compile(r"(?:tokens=)?(\d+(?:\.\d+)?)([kKmMbB]?)")
+_MOST_TOKENS = 1e15
 _KEY_LETTERS = 12
 _SCHEDULE = ("node.warmup_steps", "node.total_steps")  # options in sequential steps
 
@@ -144,7 +146,10 @@ def notes_of(plan: ComparePlan) -> list[str]:
 def parse_budget(text: str) -> int:
     """`tokens=8M`, `2.5B`, `500k`, `1000000` as a number of tokens. Raises InputError."""
     found = _TOKENS.fullmatch(text.strip())
-    tokens = round(float(found[1]) * _SCALES[found[2].lower()]) if found else 0
+    wanted = float(found[1]) * _SCALES[found[2].lower()] if found else 0.0
+    if wanted > _MOST_TOKENS:
+        raise InputError(f"--budget is at most {_MOST_TOKENS:g} tokens, not {one_line(text, 60)}")
+    tokens = round(wanted)
     if tokens < 1:
         close = nearest(text.partition("=")[0], ["tokens"]) if "=" in text else None
         raise InputError(f"--budget is written like tokens=8M, not {text!r}" + (f"; {close}=..." if close else ""))

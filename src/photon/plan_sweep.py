@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from photon.errors import ConfigError, InputError
 from photon.plan_answer import Plan, Question, answer, with_bandwidth, with_tau
 from photon.plan_text import lede, notes, sections
 from photon.plan_units import bandwidth_bits_per_s, bandwidth_text, time_text
-from photon.readable import byte_size, printable
+from photon.readable import byte_size, one_line, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,6 +26,8 @@ _TIMES_S = (1e-3, 1e-2, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0, 36e3, 864e3, 864e4,
 Key = Literal["tau", "bandwidth"]
 _POINTS = 25  # of a bandwidth sweep at most; a tau sweep doubles
 _PER_DECADE = 4
+_MOST_TAU = 10**9
+_WHOLE = re.compile("[0-9]{1,10}")  # Python reads no number of thousands of digits
 _WIDTH, _HEIGHT = 560.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84.0, 18.0, 14.0, 34.0
 
@@ -83,8 +86,11 @@ def parse_sweep(text: str) -> Asked:
     if not (equals and dots):
         raise InputError(f"--sweep is tau=16..512 or bandwidth=10Mbps..10Gbps, not {text!r}")
     if key == "tau":
-        if not (low.isdecimal() and high.isdecimal() and 0 < int(low) < int(high) <= 10**9):
-            raise InputError(f"--sweep tau=A..B takes whole numbers of local steps, A below B, not {span!r}")
+        if not (_WHOLE.fullmatch(low) and _WHOLE.fullmatch(high) and 0 < int(low) < int(high) <= _MOST_TAU):
+            raise InputError(
+                f"--sweep tau=A..B takes whole numbers of local steps, A below B, at most {_MOST_TAU:,}, "
+                f"not {one_line(span, 60)!r}"
+            )
         values = [int(low) * 2**i for i in range(40) if int(low) * 2**i < int(high)]
         return Asked("tau", (*map(float, values), float(high)))
     if key == "bandwidth":

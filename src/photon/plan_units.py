@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
 from photon.errors import InputError
-from photon.readable import significant
+from photon.readable import one_line, significant
 
 _SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _BANDWIDTH = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kKmMgGtT]?)(bps|bit/s|b/s|B/s)")
 _TIME = re.compile(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(us|ms|s|min|h)")
+_LEAST_BITS_PER_S, _MOST_BITS_PER_S, _MOST_S = 1.0, 1e15, 3.6e6
 _SECONDS: Mapping[str, float] = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
@@ -21,8 +21,10 @@ def bandwidth_bits_per_s(text: str, option: str) -> float:
     bits = float("nan")
     if found:
         bits = _number(found[1]) * _SCALES[found[2].lower()] * (8.0 if found[3] == "B/s" else 1.0)
-    if not (math.isfinite(bits) and bits > 0):
-        raise InputError(f"{option} is a bandwidth such as 100Mbps, 1Gbit/s or 125MB/s, not {text!r}")
+    if not _LEAST_BITS_PER_S <= bits <= _MOST_BITS_PER_S:
+        raise InputError(
+            f"{option} is a bandwidth such as 100Mbps, 1Gbit/s or 125MB/s, from 1bps to 1000Tbps, not {_short(text)}"
+        )
     return bits
 
 
@@ -30,8 +32,8 @@ def time_s(text: str, option: str) -> float:
     """`50ms`, `2s`, `0s`. Raises InputError that names the option."""
     found = _TIME.fullmatch(text.strip())
     seconds = _number(found[1]) * _SECONDS[found[2]] if found else float("nan")
-    if not math.isfinite(seconds):
-        raise InputError(f"{option} is a time such as 50ms or 0.1s, not {text!r}")
+    if not 0 <= seconds <= _MOST_S:
+        raise InputError(f"{option} is a time such as 50ms or 0.1s, at most 1000h, not {_short(text)}")
     return seconds
 
 
@@ -54,6 +56,10 @@ def time_text(seconds: float) -> str:
         if seconds >= least:
             return f"{significant(seconds / scale)} {unit}"
     return f"{significant(seconds * 1000)} ms" if seconds > 0 else "0"
+
+
+def _short(text: str) -> str:
+    return repr(one_line(text, 60))
 
 
 def _number(text: str) -> float:

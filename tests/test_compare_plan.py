@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -204,6 +206,47 @@ def test_the_key_changes_with_every_option_and_not_with_name_and_about(section: 
     assert other is not None, "no other value was found: add one"
     assert other != recipe
     assert (recipe_key(other) == recipe_key(recipe)) == ((section, key) in {(TOP, "name"), (TOP, "about")})
+
+
+def test_the_keys_change_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "texts" / "b.txt").write_text("two")
+    (tmp_path / "mine.toml").write_text(
+        f'[[silo]]\nname = "a"\ntext = "{tmp_path}/*.txt"\n[[silo]]\nname = "b"\ntext = ["texts", "builtin:core"]\n'
+        '[data]\ndir = "texts"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def keys(*overrides: str) -> tuple[str, str]:
+        plan = make_plan(Request(str(tmp_path / "mine.toml"), overrides, (load_method("fedavg"),)))
+        (job,) = plan.runs(plan.methods[0], plan.methods[0].points[0])
+        return plan.key, job.key
+
+    first = keys()
+    for folder in ("tokenizers", "silos"):  # what Photon builds there itself is no text
+        (tmp_path / "texts" / folder).mkdir()
+        (tmp_path / "texts" / folder / "built.json").write_text("{}")
+    assert keys() == first
+    seen = [first]
+    for path, text in (("a.txt", "other"), ("texts/b.txt", "TWO"), ("texts/c.txt", "more"), ("c.txt", "more")):
+        (tmp_path / path).write_text(text)
+        seen.append(keys())
+    (tmp_path / "tokens.md").write_text("for the tokenizer")
+    seen += [keys("data.tokenizer_text=tokens.md"), keys("data.tokenizer_text=not-there.md")]
+    assert len(set(seen)) == len({key for _, key in seen}) == 7
+    # A text by its absolute path is the same text in another working folder.
+    absolute = f'silo=[{{name="a", text="{tmp_path}/*.txt"}}]'
+    here = keys(absolute)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert keys(absolute) == here
+
+
+def test_built_in_text_is_known_by_its_name() -> None:
+    plan = make_plan(request("fedavg"))
+    (job,) = plan.runs(plan.methods[0], plan.methods[0].points[0])
+    assert job.key == recipe_key(job.recipe)
 
 
 def test_the_key_of_a_comparison_changes_with_what_is_compared() -> None:

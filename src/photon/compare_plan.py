@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from photon.compare_tune import Point, points_of
 from photon.config import Recipe
-from photon.errors import InputError
+from photon.data.sources import open_source
+from photon.errors import DataError, InputError
 from photon.estimate import tokens_per_round
 from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor, setting_value
 from photon.options import nearest
@@ -19,6 +23,7 @@ from photon.recipe import load_recipe
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _TOKENS = re.compile(r"(?:tokens=)?(\d+(?:\.\d+)?)([kKmMbB]?)")
+Text = Mapping[str, Any]  # see `photon.data.sources.Source.identity`
 _MOST_TOKENS = 1e15
 _KEY_LETTERS = 12
 _SCHEDULE = ("node.warmup_steps", "node.total_steps")  # options in sequential steps
@@ -38,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `key` is the same for the same content; `point` says what tuning changed, empty for nothing."""
+    """One run. `key` is the same for the same recipe and text; `point` says what tuning changed, empty for nothing."""
 
     method: str
     seed: int
@@ -67,13 +72,14 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class ComparePlan:
-    """The whole comparison, before anything runs. `tokens` is what each run is to train on."""
+    """The whole comparison, before anything runs. `tokens` is what each run is to train on, `texts` what it reads."""
 
     request: Request
     base: Recipe
     tokens: int
     seeds: tuple[int, ...]
     methods: tuple[MethodPlan, ...]
+    texts: tuple[Text, ...]
 
     @property
     def tuning(self) -> list[Job]:
@@ -89,7 +95,7 @@ class ComparePlan:
     def job(self, plan: MethodPlan, point: Point, seed: int) -> Job:
         """One run."""
         recipe = _settled(self.request, plan.method, self.base, seed, point.settings)
-        return Job(plan.method.name, seed, plan.label(point), recipe, recipe_key(recipe))
+        return Job(plan.method.name, seed, plan.label(point), recipe, recipe_key(recipe, self.texts))
 
     @property
     def key(self) -> str:
@@ -115,7 +121,7 @@ def make_plan(request: Request) -> ComparePlan:
         default = _settled(request, method, base, base.seed, NO_SETTINGS)
         plans.append(MethodPlan(method, tuple(points_of(method, default, request.tune)), default))
     seeds = tuple(base.seed + index for index in range(request.seeds))
-    return ComparePlan(request, base, run_tokens(base), seeds, tuple(plans))
+    return ComparePlan(request, base, run_tokens(base), seeds, tuple(plans), tuple(texts_of(base, Path.cwd())))
 
 
 def notes_of(plan: ComparePlan) -> list[str]:
@@ -156,10 +162,34 @@ def parse_budget(text: str) -> int:
     return tokens
 
 
-def recipe_key(recipe: Recipe) -> str:
-    """A hash of every option but `name` and `about`, which change nothing in a run."""
-    content = recipe.model_dump(mode="json", exclude={"name", "about"})
+def recipe_key(recipe: Recipe, texts: Sequence[Text] = ()) -> str:
+    """A hash of every option but `name` and `about`, which change nothing in a run, and of the texts that it reads."""
+    content: object = recipe.model_dump(mode="json", exclude={"name", "about"})
+    if texts:
+        content = [content, *texts]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:_KEY_LETTERS]
+
+
+def texts_of(recipe: Recipe, here: Path) -> list[Text]:
+    """What makes every text that lies in files the same as last time, as `photon.data.build` knows it: size and time.
+
+    Relative paths start at `here`. Hub datasets and built-in text are known by name alone, and what is not there is
+    left to the run, which refuses it.
+    """
+    built = [here / Path(recipe.data.dir).expanduser() / name for name in ("tokenizers", "silos")]
+    named = [(spec, silo.field) for silo in recipe.silo for spec in silo.text]
+    named += [(spec, "text") for spec in recipe.data.tokenizer_text]
+    found: list[Text] = []
+    for spec, field in named:
+        if spec.startswith(("builtin:", "hf:")):
+            continue
+        with suppress(DataError):
+            source = open_source(spec, field, here)
+            files = tuple(path for path in source.files if not any(path.is_relative_to(folder) for folder in built))
+            # The same from wherever the command is called, if the recipe's path is.
+            root = Path(here.anchor) if Path(spec).expanduser().is_absolute() else here
+            found.append(replace(source, files=files).identity(root))
+    return found
 
 
 def run_tokens(recipe: Recipe) -> int:

@@ -354,32 +354,6 @@ def test_every_weight_has_one_turn_whatever_the_order_of_names(
         assert max(sizes) - min(sizes) <= max([100, *others])  # no move of one tensor or block would even them out
 
 
-def test_moments_are_taken_as_late_as_weights() -> None:
-    """With a delay: else they would be taken before there are any, and a round's rounds too late."""
-    method = Method.of(recipe("fragments(count=4, delay=1)", "share(first=3)", rounds=24))
-    shapes = {f"layers.{index}.w{kind}": (4, 4) for index in range(4) for kind in ("", "/exp_avg", "/exp_avg_sq")}
-    for name in shapes:
-        exchanged = [index for index in range(24) if name in method.exchanged(shapes, index)]
-        taken = [index for index in range(1, 24) if name in method.taken(shapes, index)]
-        assert taken == [index + 2 for index in exchanged if index + 2 < 24]
-        assert len(taken) >= (1 if name.endswith("exp_avg") else 5)
-
-
-def test_factors_of_moments_are_mixed_as_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed: set[str] = set()
-    start = Method.start
-
-    def seen(method: Method, name: str, own: Tensor, base: Tensor) -> Tensor:
-        if not torch.equal(own, base):
-            mixed.add(name)
-        return start(method, name, own, base)
-
-    monkeypatch.setattr(Method, "start", seen)
-    asked = recipe("fragments(count=4, delay=1)", "share(first=0, factored=true)")
-    shared = weights(Federation(tmp_path, asked).run())
-    assert mixed == set(shared)
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

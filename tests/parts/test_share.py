@@ -251,6 +251,32 @@ def test_a_node_that_was_away_takes_what_was_exchanged_and_no_more(tmp_path: Pat
         assert largest_difference(ours, from_hand_to_hand(one, turns, periods, takes_all=True)) > 1e-3
 
 
+def test_beside_fragments_moments_are_taken_as_late_as_weights() -> None:
+    """With a delay: else they would be taken before there are any, and a round's rounds too late."""
+    method = Method.of(recipe("fragments(count=4, delay=1)", "share(first=3)", rounds=24))
+    shapes = {f"layers.{index}.w{kind}": (4, 4) for index in range(4) for kind in ("", "/exp_avg", "/exp_avg_sq")}
+    for name in shapes:
+        exchanged = [index for index in range(24) if name in method.exchanged(shapes, index)]
+        taken = [index for index in range(1, 24) if name in method.taken(shapes, index)]
+        assert taken == [index + 2 for index in exchanged if index + 2 < 24]
+        assert len(taken) >= (1 if name.endswith("exp_avg") else 5)
+
+
+def test_beside_fragments_factors_are_mixed_as_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed: set[str] = set()
+    start = Method.start
+
+    def seen(method: Method, name: str, own: Tensor, base: Tensor) -> Tensor:
+        if not torch.equal(own, base):
+            mixed.add(name)
+        return start(method, name, own, base)
+
+    monkeypatch.setattr(Method, "start", seen)
+    asked = recipe("fragments(count=2, delay=1)", "share(first=0, factored=true)", rounds=6)
+    shared = weights(Federation(tmp_path, asked).run())
+    assert mixed == set(shared)
+
+
 def test_what_cannot_be_is_refused() -> None:
     for parameters in ({"first": 0, "second": 0}, {"first": -1}):
         with pytest.raises(ValueError, match="share"):

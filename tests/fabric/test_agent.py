@@ -6,7 +6,6 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -69,7 +68,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Agen
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     one = Agent(NodeOptions("ada", "https://127.0.0.1:1", context, SiteConfig(text=["x"]), NodeHome(tmp_path)))
     one._errands = cast(Errands, desk)
-    one._preparation = cast(Any, SimpleNamespace(of=("r", RECIPE), run="r", thread=None, note="", prepared=None))
+    one._preparation = agents._Preparation("r", RECIPE, note="")
     yield one, fleet, desk
 
 

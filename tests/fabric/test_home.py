@@ -21,6 +21,7 @@ from photon.errors import ConfigError, DataError, PhotonError, WireError
 from photon.fabric.card import MAX_TOKENIZER_BYTES, RunCard, pack_tokenizer, read_card, run_card
 from photon.fabric.home import NodeHome, PreparedRun, prepare_run
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
+from photon.fabric.worker import Worker
 from photon.link import boot
 from photon.link.boot import MARKER
 from photon.link.client import LinkRefusedError
@@ -164,6 +165,14 @@ def test_a_run_is_prepared_from_card_tokenizer_and_own_text(made: Made) -> None:
     assert reader.manifest.train.bytes + reader.manifest.heldout.bytes == sum(
         path.stat().st_size for path in made.text.iterdir()
     )
+
+
+def test_a_worker_follows_a_recipe_that_needs_more_owners_than_its_own(made: Made) -> None:
+    silos = {"ada": {"text": [], "batch_size": 3}, "bob": {"text": []}, "cyd": {"text": []}}
+    data = {"sequence_length": 16, "heldout_fraction": 0.3}
+    prepared = made.prepare(tiny_recipe(silos, data=data, federation={"parts": ["median"]}))
+    node = Worker(prepared.folder, prepared.plan).node("ada")
+    assert (node.site.name, node.method.merged is not None) == ("ada", True)
 
 
 def test_the_text_is_tokenised_once(made: Made) -> None:

@@ -13,6 +13,7 @@ from tests.support import read_again, tiny_recipe
 
 from photon.errors import ConfigError
 from photon.parts.method import Method, part_class, part_names
+from photon.recipe import preset_text
 from photon.siteconfig import Caps, SiteConfig, load_site, node_recipe
 
 DAY = 24 * 60
@@ -164,6 +165,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'text = "caf\xe9"')
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
         load_site(tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match=r"is a recipe, .* a site has a file of its own; it holds at least `text ="):
+        site(tmp_path, preset_text("demo"))
 
 
 # --- the owner's recipe ----------------------------------------------------------------------------------------------

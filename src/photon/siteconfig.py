@@ -15,6 +15,8 @@ from photon.options import hint
 
 _HOURS = re.compile(r"^([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)$")
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB)$")
+_LEAST = 'it holds at least `text = ["/path/to/text"]`'
+_RECIPE_SECTIONS = frozenset({"model", "federation", "silo"})
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -79,9 +81,11 @@ def load_site(path: Path) -> SiteConfig:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f'{path}: no such file; it holds at least `text = ["/path/to/text"]`') from None
+        raise ConfigError(f"{path}: no such file; {_LEAST}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    if _RECIPE_SECTIONS & table.keys():
+        raise ConfigError(f"{path} is a recipe, which is the Aggregator's; a site has a file of its own; {_LEAST}")
     try:
         return SiteConfig.model_validate(table)
     except ValidationError as error:

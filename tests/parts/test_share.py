@@ -13,7 +13,8 @@ from torch import Tensor
 
 from photon.config import Recipe
 from photon.errors import ConfigError
-from photon.node.optimizers import build_optimizer
+from photon.node.optimizers import build_optimizer, import_state
+from photon.node.shared import with_shared_state
 from photon.parts.method import Method
 from photon.parts.share import Share
 
@@ -63,7 +64,16 @@ def plain_loop(
                             factors(moments)
                         else:
                             average(moments, mean)
+                first, second = periods.get("exp_avg"), periods.get("exp_avg_sq")
+                if first and (index + 1) % first == 0 and not (second and (index + 1) % second == 0):
+                    for name, parameter in zip(NODES, group, strict=True):
+                        floor_by_first(optimizers[name].state[parameter])
     return {name: parameter.detach() for name, parameter in models["ada"].named_parameters()}
+
+
+def floor_by_first(state: dict[str, Tensor]) -> None:
+    """A second moment that stayed at home is at least a hundredth of the square of the mean first one."""
+    state["exp_avg_sq"] = torch.maximum(state["exp_avg_sq"], state["exp_avg"].square() / 100)
 
 
 def average(tensors: list[Tensor], mean: bool) -> None:
@@ -221,6 +231,8 @@ def from_hand_to_hand(
             else:
                 none = {"exp_avg": torch.zeros_like(parameter)}
                 state = none | kept | taken | (count if "exp_avg_sq" in taken else {})
+                if "exp_avg" in taken and "exp_avg_sq" in state and "exp_avg_sq" not in taken:
+                    floor_by_first(state)
             if "exp_avg_sq" in state:
                 optimizer.state[parameter] = {key: state[key].detach().clone() for key in keys}
         for _ in range(tau):
@@ -275,6 +287,32 @@ def test_beside_fragments_factors_are_mixed_as_weights_are(tmp_path: Path, monke
     asked = recipe("fragments(count=2, delay=1)", "share(first=0, factored=true)", rounds=6)
     shared = weights(Federation(tmp_path, asked).run())
     assert mixed == set(shared)
+
+
+@pytest.mark.parametrize(("square", "least", "most"), [(0.0, 5.0, 10.0), (1e-9, 5.0, 10.0), (1e-6, 0.5, 1.0)])
+def test_what_others_have_met_and_a_node_has_not_is_no_step_of_any_length(
+    square: float, least: float, most: float
+) -> None:
+    """Rows of an embedding, say: a mean first moment over an own second one of nothing was 1e5 learning rates."""
+    asked = recipe("share(second=0)", node={"eps": 1e-8})
+    model = new_model(asked)
+    optimizer, names = build_optimizer(model, asked.node, CPU), [name for name, _ in model.named_parameters()]
+    own = {f"{name}/exp_avg_sq": torch.full_like(p, square) for name, p in model.named_parameters()}
+    own |= {f"{name}/exp_avg": torch.zeros_like(p) for name, p in model.named_parameters()}
+    own |= {f"{name}/step": torch.tensor(40.0) for name in names}
+    taken = {f"{name}/exp_avg": torch.full_like(p, 1e-3) for name, p in model.named_parameters()}
+    state = with_shared_state(optimizer, model, own, taken, taken, 40)
+    assert all((state[f"{name}/exp_avg_sq"] >= square).all() for name in names)
+    if square == 1e-6:
+        assert all(torch.equal(state[f"{name}/exp_avg_sq"], own[f"{name}/exp_avg_sq"]) for name in names)
+    import_state(optimizer, model, state)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        steps = (before[name] - parameter.detach()).abs() / asked.node.lr
+        assert least < steps.min() <= steps.max() < most
 
 
 def test_what_cannot_be_is_refused() -> None:

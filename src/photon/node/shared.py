@@ -19,7 +19,9 @@ from photon.parts.base import COLUMNS, ROWS
 from photon.parts.method import is_state
 from photon.parts.optimizer import FLOORS, LocalOptimizer
 
-_STEP, _SQUARE = "step", "exp_avg_sq"
+_STEP, _FIRST, _SQUARE = "step", "exp_avg", "exp_avg_sq"
+# AdamW by itself makes no step so many learning rates long: its limit is (1 - beta1) / sqrt(1 - beta2), 3.2 by default.
+_LONGEST_STEP = 10.0
 
 
 def shared_tensors(
@@ -70,9 +72,10 @@ def with_shared_state(
 
     `names` are all shared tensors, be they taken or not. The count of a parameter's steps belongs to its second moment:
     with one that is taken it is the sequential step, as at every node; a node's own goes on. Without any second moment,
-    neither taken nor its own, a parameter begins anew: a first moment over none would be a step of any length. What
-    else is lacking is zero. State that a lossy codec has put below its floor is raised to it: a second moment is never
-    negative.
+    neither taken nor its own, a parameter begins anew: a first moment over none would be a step of any length. For the
+    same reason a second moment of the node's own is raised to a hundredth of the square of a first one that is taken:
+    others may have met tokens that it has not. What else is lacking is zero. State that a lossy codec has put below its
+    floor is raised to it: a second moment is never negative.
 
     An optimizer of ours tells its `floors` by kind, and under `copies` which kinds begin each round as a copy of which
     shared ones (`photon.parts.optimizer`).
@@ -90,6 +93,9 @@ def with_shared_state(
         found = {kind: state.pop(f"{name}/{kind}", None) if (value := came[kind]) is None else value for kind in kinds}
         if _SQUARE in kinds and found[_SQUARE] is None:
             continue
+        own_square, first = found.get(_SQUARE), came.get(_FIRST)
+        if own_square is not None and first is not None and came[_SQUARE] is None:
+            found[_SQUARE] = torch.maximum(own_square, (first / _LONGEST_STEP).square())
         for kind, value in found.items():
             key = f"{name}/{kind}"
             if kind == _STEP and (value is None or came.get(_SQUARE) is not None):

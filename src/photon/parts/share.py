@@ -3,8 +3,9 @@
 Every node's moments are replaced by their mean, and go on from there. With `first = second = 1` that is Local Adam;
 with periods near 3 and 6, in rounds, DES-LOC (Iacob et al. 2025, arXiv 2505.22549), which sets them by the half-lives
 `ln(0.5) / ln(beta)` of the moments. A moment whose period is 0 stays at its node; where a first moment is taken over a
-second one that stayed, no step is longer than ten learning rates (that much is ours, see `photon.node.shared`). All nodes count steps alike (the
-sequential step), so that the bias correction of a shared moment is everywhere the same.
+second one that stayed, no step is longer than ten learning rates (that much is ours, see `photon.node.shared`). With a
+second moment that is taken all nodes count steps alike (the sequential step), so that its bias correction is everywhere
+the same.
 
 With `factored` a matrix's second moment travels as the means of its rows and columns, and every node goes on with their
 outer product: next to no bytes, and no codec can make it negative by rounding a difference.

@@ -22,13 +22,17 @@ DEADLINE_S = 10.0
 Peer = dict[str, Any]
 
 
+def authority_with(folder: Path, node: str) -> Path:
+    """A new authority in `folder`, which has issued the key of one node."""
+    create_authority(folder)
+    issue_node(folder, node)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority with a node `alice`, not to be changed."""
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    create_authority(folder)
-    issue_node(folder, "alice")
-    return folder
+    return authority_with(tmp_path_factory.mktemp("keys") / "keys", "alice")
 
 
 @pytest.fixture

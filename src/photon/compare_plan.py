@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from photon.compare_tune import Point, points_of
 from photon.config import Recipe
+from photon.data.build import without_built
 from photon.data.sources import open_source
 from photon.errors import DataError, InputError
 from photon.estimate import tokens_per_round
@@ -176,7 +177,7 @@ def texts_of(recipe: Recipe, here: Path) -> list[Text]:
     Relative paths start at `here`. Hub datasets and built-in text are known by name alone, and what is not there is
     left to the run, which refuses it.
     """
-    built = [here / Path(recipe.data.dir).expanduser() / name for name in ("tokenizers", "silos")]
+    data = here / Path(recipe.data.dir).expanduser()
     named = [(spec, silo.field) for silo in recipe.silo for spec in silo.text]
     named += [(spec, "text") for spec in recipe.data.tokenizer_text]
     found: list[Text] = []
@@ -184,11 +185,10 @@ def texts_of(recipe: Recipe, here: Path) -> list[Text]:
         if spec.startswith(("builtin:", "hf:")):
             continue
         with suppress(DataError):
-            source = open_source(spec, field, here)
-            files = tuple(path for path in source.files if not any(path.is_relative_to(folder) for folder in built))
+            source = without_built(open_source(spec, field, here), data)
             # The same from wherever the command is called, if the recipe's path is.
             root = Path(here.anchor) if Path(spec).expanduser().is_absolute() else here
-            found.append(replace(source, files=files).identity(root))
+            found.append(source.identity(root))
     return found
 
 

@@ -64,11 +64,11 @@ DISK_BYTES_PER_S = 0.7e9  # written and synced
 CONTROL_S = {"flower": 3.0, "local": 0.1}  # a round with next to nothing to train took 2.9 to 5.0 s over Flower
 
 
-def device_named(name: str) -> Device:
-    """Raises InputError for a device that is not in the table."""
+def device_named(name: str, option: str = "--device") -> Device:
+    """Raises InputError, which names the option, for a device that is not in the table."""
     found = DEVICES.get(name.lower())
     if found is None:
-        raise InputError(f"--device {name!r} is not known; {hint(name, [*DEVICES, MEASURED])}")
+        raise InputError(f"{option} {name!r} is not known; {hint(name, [*DEVICES, MEASURED])}")
     return found
 
 

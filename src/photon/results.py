@@ -75,14 +75,15 @@ def silos_table(prepared: Prepared) -> Table:
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for silo in prepared.silos.values():
         for source in silo.sources:
-            described, manifest = describe(source), ShardReader(source).manifest
+            reader = ShardReader(source)
+            manifest = reader.manifest
             table.add_row(
                 silo.name,
                 Text(printable(manifest.origin.source)),
                 count(manifest.train.documents + manifest.heldout.documents),
                 count(manifest.train.tokens),
                 count(manifest.heldout.tokens),
-                f"{described['bytes_per_token']:.2f}",
+                f"{reader.bytes_per_token:.2f}",
                 str(source),
             )
     return table

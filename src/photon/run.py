@@ -170,8 +170,11 @@ def _run_to_end(run: Run, display: Display, setting: Setting) -> Summary:
     torch.set_num_threads(1 if setting.shares_cores else max(1, available_cores() // 2))
     model = run.build_model()
     begun = bool(run.store.rounds())
-    state = run.store.load(run.identity.run) if begun else _untrained(run, model)
-    _check_shared(run, model, state)
+    if begun:
+        state = run.store.load(run.identity.run)
+        _check_shared(run, model, state)
+    else:
+        state = _untrained(run, model)
     truncate_to(run.folder.metrics, state.progress.metrics_bytes)
     for site in run.sites:  # what a resume was about to put away when it was cut off itself
         _node_store(run, site).set_aside(state.progress.round + 1)

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.authorities import authority_with
 from tests.fabric.gateways import Site, in_thread
 from tests.faults.proxy import Proxy
 from tests.link.plain import plain_server
 
 from photon.errors import ConfigError
 from photon.identity import client_context
-from photon.keys import create_authority, issue_node, revoke
+from photon.keys import issue_node, revoke
 from photon.link.client import check_status
 from photon.link.transfer import GatewayClient, LinkDownError, LinkRefusedError
 
@@ -100,10 +101,9 @@ def test_a_node_without_a_certificate_is_told_so(site: Site) -> None:
 
 
 def test_a_certificate_of_another_federation_is_told_apart(site: Site, tmp_path: Path) -> None:
-    create_authority(tmp_path / "keys")
-    issue_node(tmp_path / "keys", "ada")
+    keys = authority_with(tmp_path / "keys", "ada")
     url = f"https://127.0.0.1:{site.port}"
-    context = client_context(tmp_path / "keys" / "ada.key")
+    context = client_context(keys / "ada.key")
     assert "not from the authority that made this node's key" in refusal(GatewayClient(url, context, 5.0))
     context.load_verify_locations(site.keys / "ca.crt")  # now only the gateway has something against it
     assert "does not know the authority" in refusal(GatewayClient(url, context, 5.0))

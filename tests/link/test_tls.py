@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.authorities import authority_with
 
 from photon.identity import client_context, server_context
-from photon.keys import create_authority, issue_node
 from photon.link.tls import GIVE_BYTES, TAKE_BYTES, TlsSession, TlsStream
 
 DEADLINE_S = 20.0
@@ -24,10 +24,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tls") / "keys"
-    create_authority(folder)
-    issue_node(folder, "ada")
-    return folder
+    return authority_with(tmp_path_factory.mktemp("tls") / "keys", "ada")
 
 
 class Meagre(socket.socket):

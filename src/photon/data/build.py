@@ -105,6 +105,14 @@ def _text_of(silo: SiloConfig) -> list[str]:
     return silo.text
 
 
+def without_built(source: Source, folder: Path) -> Source:
+    """The source without what Photon has built in the data folder `folder`, which may lie within the owner's text."""
+    own = (folder / _TOKENIZERS, folder / _SILOS)
+    return replace(
+        source, files=tuple(path for path in source.files if not any(path.is_relative_to(place) for place in own))
+    )
+
+
 @dataclass(frozen=True)
 class _Workplace:
     """The options, the folder and the listener of one preparation."""
@@ -123,15 +131,14 @@ class _Workplace:
 
     def found(self, silo: SiloConfig, spec: str) -> Source:
         """A source of `silo`, without what this preparation itself keeps in a folder that the source names."""
-        own = (self.folder / _TOKENIZERS, self.folder / _SILOS)
         try:
             source = open_source(spec, silo.field, self.base)
-            files = tuple(path for path in source.files if not any(path.is_relative_to(folder) for folder in own))
-            if source.files and not files:
+            kept = without_built(source, self.folder)
+            if source.files and not kept.files:
                 raise DataError(f"{spec}: only files that Photon built are there; name a folder of text")
         except DataError as error:
             raise DataError(f"silo {silo.name}: {error}") from error
-        return replace(source, files=files)
+        return kept
 
     def tokenizer(self, silos: dict[str, list[Source]]) -> tuple[Tokenizer, Path]:
         """The tokenizer of the recipe and its folder: trained, found from last time, or taken from elsewhere."""
@@ -366,7 +373,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "documents": train.documents + heldout.documents,
         "tokens": train.tokens + heldout.tokens,
         "bytes": train.bytes + heldout.bytes,
-        "bytes_per_token": (train.bytes + heldout.bytes) / (train.tokens + heldout.tokens),
+        "bytes_per_token": reader.bytes_per_token,
         "train": train.model_dump(exclude={"files"}),
         "heldout": heldout.model_dump(exclude={"files"}),
         "unigram_loss": manifest.unigram_loss,

@@ -212,6 +212,12 @@ class ShardReader:
         return tokens[: tokens.index(end)] if end in tokens else tokens
 
     @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of all text per token, end-of-text included."""
+        train, heldout = self.manifest.train, self.manifest.heldout
+        return (train.bytes + heldout.bytes) / (train.tokens + heldout.tokens)
+
+    @property
     def bytes_per_token_heldout(self) -> float:
         """UTF-8 bytes of held-out text per held-out token, end-of-text included: turns nats/token into bits/byte."""
         return self.manifest.heldout.bytes / self.manifest.heldout.tokens

@@ -8,7 +8,6 @@ The SuperLink's database holds nothing that cannot be said again: a new hub begi
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -25,7 +24,7 @@ from photon.config import Recipe
 from photon.durable import write_atomic
 from photon.errors import FabricError, InputError
 from photon.fabric.base import NodeInfo
-from photon.fabric.card import pack_tokenizer, read_card, run_card
+from photon.fabric.card import RunCard, pack_tokenizer, run_card
 from photon.fabric.flower import BlobPlane, FlowerFabric
 from photon.fabric.flwr_internals import flower_environment, superlink_arguments
 from photon.fabric.gateway import GatewayConfig
@@ -167,7 +166,7 @@ class Hub:
     def open_fabric(self, recipe: Recipe, payload_bytes: int, note: Callable[[str], None]) -> FlowerFabric:
         """The fabric of this run, over the SuperLink and the store of this hub, for a model of `payload_bytes`."""
         hub = self.read()
-        card, _ = read_card(json.loads((self.path / "run.json").read_bytes()))
+        card = RunCard.model_validate_json((self.path / "run.json").read_bytes())
         return FlowerFabric(
             card.run,
             card.recipe_sha256,

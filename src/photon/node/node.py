@@ -245,9 +245,10 @@ class Node:
             held = {**own, **state.weights} if was_there else {}
             shapes = _shapes(base)
             taken = set(self.method.taken(shapes, task.round))
-            # What no round has exchanged yet is in the base as it began: the node's own state, if any, is better.
-            known = self.method.exchanged_before(shapes, task.round)
-            taken |= {name for name in base if whole(name) not in held and (name in known or not is_state(name))}
+            if lacking := {name for name in base if whole(name) not in held}:
+                # State that no round has exchanged yet is in the base as it began: the node's own, if any, is better.
+                known = self.method.exchanged_before(shapes, task.round)
+                taken |= {name for name in lacking if name in known or not is_state(name)}
             start = {name: self._taken(name, held, base) for name in taken}
             load_weights(model, held | start)
             states = set(filter(is_state, base))

@@ -82,7 +82,7 @@ class Method:
                 "federation.parts: updates that may come late are of whole models without optimizer state, and the "
                 "merge is their weighted mean: stale goes with no part that changes one of these"
             )
-        self._check_held_back(recipe.federation)
+        self._check_held_back(recipe.federation.balance)
         for one, other in itertools.combinations(self.parts, 2):
             if (common := math.gcd(one.period(), other.period())) > 1:
                 raise ConfigError(
@@ -114,7 +114,7 @@ class Method:
         for part in self.parts:
             part.check_nodes(nodes)
 
-    def _check_held_back(self, federation: FederationConfig) -> None:
+    def _check_held_back(self, balance: str) -> None:
         averages = any(changes(part, "averages") for part in self.parts)
         partial = self.is_partial or self.keeps_weights or self.shared_state
         if (self.holds_back or self.goes_ahead) and (partial or self.late_rounds or averages):
@@ -123,7 +123,8 @@ class Method:
                 "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
                 "with no part that changes one of these"
             )
-        if self.goes_ahead and federation.balance == "time" and self.least_rounds(federation) != federation.rounds:
+        finds_tau = any(changes(part, "least_rounds") for part in self.parts)  # as the run goes
+        if self.goes_ahead and finds_tau and balance == "time":
             raise ConfigError(
                 "federation.parts: a node that takes fewer steps than others cannot tell from them when a run of "
                 "changing tau ends: eager does not go with tau_by_agreement and federation.balance = time"

@@ -36,7 +36,7 @@ from photon.config import Recipe
 from photon.data.build import Prepared
 from photon.data.shards import ShardReader
 from photon.model.build import build_model, count_parameters
-from photon.node.node import HeldOut, held_out, score
+from photon.node.heldout import HeldOut, held_out, score
 from photon.node.trainer import Trainer
 from photon.recipe import load_recipe
 

@@ -33,7 +33,8 @@ from photon.link.update import Sealed, decode_message, encode_message, expect_re
 from photon.model.base import LanguageModel
 from photon.model.build import build_model, load_weights, named_weights
 from photon.node.base import Bases
-from photon.node.node import HeldOut, Node, Site, failure_reply
+from photon.node.heldout import HeldOut
+from photon.node.node import Node, Site, failure_reply
 from photon.node.optimizers import build_optimizer
 from photon.node.shared import shared_tensors
 from photon.node.state import NodeStore

@@ -145,6 +145,20 @@ def test_virtual_nodes_on_one_trainer_train_as_if_alone(
     assert leaking.model_sha256 != alone.model_sha256
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [["share"], ["share(first=3, second=2)"], ["share(first=0, factored=true)"], ["fragments(count=2, delay=1)"],
+     ["eager"], ["fedprox(mu=0.1)"], ["slow_momentum", "share"]],
+    ids=str,
+)  # fmt: skip
+def test_so_they_do_under_every_method_that_keeps_something_at_its_nodes(parts: list[str], tmp_path: Path) -> None:
+    """Alone, a node's optimizer goes on as it lies in its trainer, unless the method has something else begin."""
+    recipe = tiny_recipe(node=ADAMW, federation={"rounds": 5, "parts": parts, "outer": "nesterov", "outer_lr": 0.7})
+    alone = Federation(tmp_path / "alone", recipe, share_trainer=False).run()
+    shared = Federation(tmp_path / "shared", recipe).run()
+    assert shared.model_sha256 == alone.model_sha256
+
+
 def plain_adamw(recipe: Recipe, reset: bool) -> dict[str, Tensor]:
     """One node's steps written out, with a new optimizer each round if `reset`."""
     model = new_model(recipe, torch.float64)

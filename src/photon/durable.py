@@ -103,16 +103,27 @@ class Draft:
 
 @dataclass(frozen=True)
 class Committed:
-    """One numbered state, read and verified: its fields and the folder its files are in."""
+    """One numbered state whose manifest was verified: its fields and the folder its files are in."""
 
     number: int
     folder: Path
     fields: dict[str, Any]
-    sha256: Mapping[str, str]  # of each file
+    entries: Mapping[str, _FileEntry]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """What each file of this state must be."""
+        return {name: entry.sha256 for name, entry in self.entries.items()}
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file of this state."""
-        return (self.folder / name).read_bytes()
+        """The bytes of a file of this state, these very bytes verified. Raises StateError if they are damaged."""
+        path, expected = self.folder / name, self.entries[name]
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise StateError(f"{path} is missing.") from None
+        _compare(path, _FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), expected)
+        return data
 
 
 class NumberedStates:
@@ -173,10 +184,15 @@ class NumberedStates:
 
     def load(self, number: int) -> Committed:
         """State `number`, every file checked against its hash. Raises StateError naming what is damaged."""
-        folder, manifest = self.folder(number), self._manifest(number)
-        for name, expected in manifest.files.items():
-            _verify(folder / name, expected)
-        return Committed(number, folder, manifest.fields, {name: file.sha256 for name, file in manifest.files.items()})
+        committed = self.open(number)
+        for name, expected in committed.entries.items():
+            _verify(committed.folder / name, expected)
+        return committed
+
+    def open(self, number: int) -> Committed:
+        """State `number` for who takes its files from `Committed.read`, which verifies them. Raises StateError."""
+        manifest = self._manifest(number)
+        return Committed(number, self.folder(number), manifest.fields, manifest.files)
 
     def fields(self, number: int) -> dict[str, Any]:
         """The fields of state `number` alone; its files are not looked at. Raises StateError if they are damaged."""
@@ -237,9 +253,15 @@ def _verify(path: Path, expected: _FileEntry) -> None:
     if not path.is_file():
         raise StateError(f"{path} is missing.")
     size = path.stat().st_size
-    if size != expected.bytes:
-        raise StateError(f"{path} has {size} bytes, its manifest says {expected.bytes}: it is damaged.")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != expected.sha256:
-        raise StateError(f"{path} is damaged: its sha256 is {digest}, its manifest says {expected.sha256}.")
+    digest = expected.sha256
+    if size == expected.bytes:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _compare(path, _FileEntry(bytes=size, sha256=digest), expected)
+
+
+def _compare(path: Path, found: _FileEntry, expected: _FileEntry) -> None:
+    if found.bytes != expected.bytes:
+        raise StateError(f"{path} has {found.bytes} bytes, its manifest says {expected.bytes}: it is damaged.")
+    if found.sha256 != expected.sha256:
+        raise StateError(f"{path} is damaged: its sha256 is {found.sha256}, its manifest says {expected.sha256}.")

@@ -16,7 +16,7 @@ from photon.errors import DataError, InputError
 from photon.events import Scores
 from photon.model.generate import generate
 from photon.model.hf import export
-from photon.node.node import HeldOut, held_out, score
+from photon.node.heldout import HeldOut, held_out, score
 from photon.node.trainer import Trainer
 from photon.run import Run, load_trained
 from photon.runfolder import RunFolder

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support import (
-    CPU,
     LENGTH,
     RUN,
     VOCAB,
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from photon import stopwatch
 from photon.config import Recipe
+from photon.durable import Committed
 from photon.errors import StateError, WireError
 from photon.events import NodeProgress
 from photon.link.codec.feedback import tensor_seed
@@ -37,12 +41,13 @@ from photon.link.tensors import decode_tensors, encode_tensors, sha256_hex
 from photon.link.update import Reply, Task, decode_message, encode_message, expect_reply
 from photon.model.build import named_weights
 from photon.node import node as node_module
-from photon.node.node import HeldOut, Node, failure_reply, score
-from photon.node.state import NodeStore
-from photon.node.trainer import Trainer, TrainingError
+from photon.node.node import Node, TaskDroppedError, failure_reply
+from photon.node.state import OPTIMIZER_FILE, NodeState, NodeStore
+from photon.node.trainer import TrainingError
 
 SEED = tiny_recipe().seed
 BASE = encode_tensors(named_weights(new_model(tiny_recipe())))
+NAN = encode_tensors({name: tensor * float("nan") for name, tensor in decode_tensors(BASE).items()})
 
 
 def task(body: bytes = BASE, **changes: Any) -> bytes:
@@ -257,18 +262,83 @@ def test_the_base_is_scored_not_what_is_trained_from_it(tmp_path: Path) -> None:
     assert [(p.step, p.steps) for p in progress[1:]] == [(1, 3), (2, 3), (3, 3), (3, 3)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_sources_are_summed_with_their_own_bytes_and_unigrams(batch_size: int) -> None:
-    """Two sources of different size: sums over tokens, so that no source weighs more than it is long."""
-    trainer = Trainer(new_model(tiny_recipe()), tiny_recipe().node, CPU, 1)
-    small = HeldOut(Text("s").batch(0, 2), bytes_per_token=2.0, unigram_loss=1.0)
-    large = HeldOut(Text("l").batch(0, 5), bytes_per_token=4.0, unigram_loss=3.0)
-    whole = np.concatenate([small.sequences, large.sequences])
-    report = score(trainer, [small, large], batch_size)
-    assert report.tokens == 7 * LENGTH
-    assert report.text_bytes == 2 * LENGTH * 2.0 + 5 * LENGTH * 4.0
-    assert report.unigram_nats == 2 * LENGTH * 1.0 + 5 * LENGTH * 3.0
-    assert report.nats == pytest.approx(trainer.evaluate(whole, 7)[0], rel=1e-6)
+# --- the optimizer goes on as it lies in the trainer -----------------------------------------------------------------
+
+happenings = st.tuples(
+    st.sampled_from(["ada", "ada", "bob"]), st.sampled_from(["", "", "again", "dropped", "nan", "scored"])
+)
+
+
+def lived_through(
+    folder: Path, recipe: Recipe, plan: list[tuple[str, str]], *, forgets: bool
+) -> tuple[list[bytes], int]:
+    """(All updates, how often an optimizer's file was read) of two nodes on one device, to whom `plan` happens.
+
+    Where the trainer `forgets` what it holds, every state comes from the disk, as in a process that has just begun.
+    """
+    nodes, updates, reads = Federation(folder, recipe).nodes, [], 0
+    rounds = dict.fromkeys(nodes, 0)
+    read = Committed.read
+
+    def counted(committed: Committed, name: str) -> bytes:
+        nonlocal reads
+        reads += name == OPTIMIZER_FILE
+        return read(committed, name)
+
+    def ask(node: Node, **changes: Any) -> bytes | None:
+        if forgets:
+            node.trainer.committed_sha256 = ""
+        number = rounds[node.site.name]
+        fields = {"node": node.site.name, "round": number, "sequential_step": 3 * number} | changes
+        answer = decode_message(node.handle(task(**fields), lambda progress: None))
+        return bytes(answer.body) if len(answer.body) else None
+
+    with mock.patch.object(Committed, "read", counted), mock.patch.object(os, "fsync"):
+        for name, what in plan:
+            node = nodes[name]
+            if what == "dropped":
+                orders = iter(["go", "drop"])
+                with mock.patch.object(node, "order", lambda orders=orders: next(orders)), suppress(TaskDroppedError):
+                    ask(node)
+            elif what == "nan":
+                with suppress(TrainingError):
+                    ask(node, body=NAN)
+            elif what == "scored":
+                ask(node, tau=0, evaluate=True)
+            for _ in range(2 if what == "again" else 1):  # again: the Aggregator has lost the round
+                updates.append(ask(node))
+            rounds[name] += 1
+    return updates, reads
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("choice", ["keep", "reset"])
+@settings(max_examples=12, deadline=None)
+@given(plan=st.lists(happenings, min_size=1, max_size=6))
+def test_what_lies_in_the_trainer_goes_on_as_what_is_read_from_the_disk(
+    tmp_path_factory: pytest.TempPathFactory, optimizer: str, choice: str, plan: list[tuple[str, str]]
+) -> None:
+    """To the byte, whoever else trained meanwhile and whatever was dropped, diverged or done again."""
+    recipe = tiny_recipe(["ada", "bob"], node={"optimizer": optimizer, "optimizer_state": choice, "lr": 0.01})
+    warm, _ = lived_through(tmp_path_factory.mktemp("warm"), recipe, plan, forgets=False)
+    cold, _ = lived_through(tmp_path_factory.mktemp("cold"), recipe, plan, forgets=True)
+    assert warm == cold
+
+
+def test_an_optimizer_is_read_only_where_it_does_not_lie_in_the_trainer(tmp_path: Path) -> None:
+    """Alone on its device a node reads its state once; and again after another node, or when its round was lost."""
+    recipe = tiny_recipe(["ada", "bob"], node={"optimizer": "adamw", "lr": 0.01})
+    for number, (plan, expected) in enumerate([
+        ([("ada", "")] * 4, 1),
+        ([("ada", ""), ("ada", "scored"), ("ada", "")], 1),
+        ([("ada", ""), ("bob", ""), ("ada", "")], 3),
+        ([("ada", ""), ("ada", "again"), ("ada", "")], 2),
+        ([("ada", ""), ("ada", "dropped")], 2),
+    ]):  # fmt: skip
+        folder = tmp_path / str(number)
+        assert lived_through(folder / "warm", recipe, plan, forgets=False)[1] == expected, plan
+        tasks = sum(1 + (what in ("again", "dropped")) for _, what in plan)
+        assert lived_through(folder / "cold", recipe, plan, forgets=True)[1] == tasks, plan
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
@@ -318,9 +388,8 @@ def test_a_reply_or_noise_is_no_task(tmp_path: Path) -> None:
 def test_training_that_diverges_leaves_the_state_of_before(tmp_path: Path) -> None:
     node = one_node(tmp_path)
     handed_in(node, task())
-    infinite = encode_tensors({name: tensor * float("nan") for name, tensor in decode_tensors(BASE).items()})
     with pytest.raises(TrainingError, match="diverged"):
-        node.handle(task(infinite, round=1), lambda progress: None)
+        node.handle(task(NAN, round=1), lambda progress: None)
     assert node.site.store.load(RUN, "ada", 2).position == 6
     _, update, _ = handed_in(node, task(round=1, sequential_step=3))
     fresh = one_node(tmp_path / "fresh")
@@ -332,10 +401,10 @@ def test_nothing_is_handed_in_that_was_not_committed(tmp_path: Path) -> None:
     """An Aggregator that counts an update must find the node ready for the next round."""
 
     class FullDisk(NodeStore):
-        def commit(self, state: object, ready_for: int) -> None:
+        def commit(self, state: NodeState, ready_for: int) -> str:
             if ready_for:
                 raise OSError("no space left")
-            super().commit(state, ready_for)
+            return super().commit(state, ready_for)
 
     node = one_node(tmp_path)
     node.site = replace(node.site, store=FullDisk(tmp_path / "state", 2, 0))

@@ -10,7 +10,8 @@ from photon.config import Name, Recipe
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
 from photon.link.tensors import sha256_hex
-from photon.node.node import Site, held_out
+from photon.node.heldout import held_out
+from photon.node.node import Site
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
 from photon.recipe import dump_recipe

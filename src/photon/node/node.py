@@ -6,16 +6,14 @@ Between tasks everything it knows is on its disk.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from photon.config import Recipe
-from photon.data.shards import ShardReader
 from photon.data.stream import Stream
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
@@ -37,6 +35,7 @@ from photon.link.update import (
 )
 from photon.model.build import load_weights, named_weights
 from photon.node.base import Bases, LacksBaseError
+from photon.node.heldout import HeldOut, score
 from photon.node.optimizers import import_state, state_views
 from photon.node.replies import ReplyStore
 from photon.node.shared import as_shared, shared_state, whole, with_shared_state
@@ -54,15 +53,6 @@ class TaskDroppedError(PhotonError):
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Held-out windows of one source, int64 [n, sequence + 1], with what turns nats into bits per byte."""
-
-    sequences: np.ndarray
-    bytes_per_token: float
-    unigram_loss: float
-
-
-@dataclass(frozen=True)
 class Site:
     """What belongs to one owner and stays there."""
 
@@ -72,30 +62,6 @@ class Site:
     heldout: Sequence[HeldOut]
     store: NodeStore
     replies: ReplyStore | None = None  # where a site keeps its last reply; virtual nodes keep none
-
-
-def held_out(reader: ShardReader, sequence_length: int, max_sequences: int) -> HeldOut:
-    """The evaluation set of one source."""
-    return HeldOut(reader.heldout(sequence_length, max_sequences), reader.bytes_per_token_heldout, reader.unigram_loss)
-
-
-def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> EvaluationReport:
-    """Held-out sums of the trainer's current weights over all `parts`."""
-    began = time.monotonic()
-    nats, tokens, text_bytes, unigram_nats = 0.0, 0, 0.0, 0.0
-    for part in parts:
-        part_nats, part_tokens = trainer.evaluate(part.sequences, batch_size)
-        nats += part_nats
-        tokens += part_tokens
-        text_bytes += part_tokens * part.bytes_per_token
-        unigram_nats += part_tokens * part.unigram_loss
-    return EvaluationReport(
-        nats=nats,
-        tokens=tokens,
-        text_bytes=text_bytes,
-        unigram_nats=unigram_nats,
-        seconds=time.monotonic() - began,
-    )
 
 
 @dataclass(frozen=True)
@@ -184,7 +150,7 @@ class Node:
         """tau local steps from the base on this node's own stream; commit own state; give the update."""
         # The Aggregator may have gone back to an earlier round: states of a later one belong to what was undone.
         self.site.store.set_aside(task.round + 1)
-        state = self.site.store.load(self.run, self.site.name, task.round)
+        state = self.site.store.load(self.run, self.site.name, task.round, self._held)
         start = self._start(task, base, state)
         state = replace(state, optimizer={}, weights={})  # read from disk: a second copy, not to be kept while training
         watch.end("receive")
@@ -225,13 +191,19 @@ class Node:
         outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
-        self.site.store.commit(after, task.round + 1)
+        self.trainer.committed_sha256 = self.site.store.commit(after, task.round + 1)
         on_progress(NodeProgress(node=task.node, round=task.round, state="sending", step=local.steps, steps=task.tau))
         return replace(outcome, training=report.model_copy(update={"save_s": watch.end("save")}))
 
     @property
     def _keeps_optimizer(self) -> bool:
         return self.config.optimizer_state == "keep"
+
+    @property
+    def _held(self) -> str:
+        """Which committed optimizer state need not be read again, since it goes on as it lies in the trainer."""
+        begins_with_it = self._keeps_optimizer and not (self.method.keeps_weights or self.method.shared_state)
+        return self.trainer.committed_sha256 if begins_with_it else ""
 
     def _start(self, task: Task, base: dict[str, Tensor], state: NodeState) -> _Start:
         """Make model and optimizer what local training starts from: of the base, and where parts say so the node's own.
@@ -257,7 +229,9 @@ class Node:
         begun = self._ahead(task, base, state.weights if was_there else {})
         if begun.weights is not base:
             load_weights(model, begun.weights)
-        import_state(optimizer, model, own)
+        if not state.optimizer_is_held:
+            self.trainer.committed_sha256 = ""
+            import_state(optimizer, model, own)
         self.trainer.correct = self.method.corrector(model, begun.weights)
         return begun
 

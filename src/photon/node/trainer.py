@@ -77,6 +77,8 @@ class Trainer:
         self.model = model.to(device)
         given = build_optimizer(self.model, node, device)
         self.optimizer = method.optimizer(given) if method else given
+        # The sha256 of the file to which the optimizer's state, as it is now, was committed; empty if it never was.
+        self.committed_sha256 = ""
         self.correct: Callable[[], None] | None = None  # what a part does to the gradients of each step
         self.node = node
         self.device = device
@@ -104,6 +106,7 @@ class Trainer:
         that is not finite (on a CPU before the step is taken, on CUDA at most one step later), and when not even one
         sequence fits into memory.
         """
+        self.committed_sha256 = ""
         self.model.train()
         log = _StepLog()
         in_flight: deque[_Reading] = deque()

@@ -275,10 +275,10 @@ def test_a_crash_at_any_step_of_a_round_changes_nothing(tmp_path: Path) -> None:
     assert list(steps_that_do_not_survive(tmp_path, node=ADAMW)) == []
 
 
-def newest_state(store: NodeStore, run: str, node: str, round_index: int) -> NodeState:
+def newest_state(store: NodeStore, run: str, node: str, round_index: int, held: str = "") -> NodeState:
     """A mutant: a node goes on from its newest state, whatever round is asked for."""
     numbers = store._states.numbers()
-    return LOAD(store, run, node, numbers[-1] if numbers else round_index)
+    return LOAD(store, run, node, numbers[-1] if numbers else round_index, held)
 
 
 def write_in_place(
@@ -286,7 +286,7 @@ def write_in_place(
     number: int,
     files: Mapping[str, Iterable[bytes] | durable.Draft],
     fields: Mapping[str, Any],
-) -> None:
+) -> dict[str, str]:
     """A mutant: the folder has its final name while it is written."""
     folder = states.folder(number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,6 +302,7 @@ def write_in_place(
     manifest = manifest.model_copy(update={"sha256": manifest.own_sha256()})
     for name, data in {**whole, durable.STATE_FILE: manifest.model_dump_json().encode()}.items():
         durable._write_synced(folder / name, [data])
+    return {name: entry.sha256 for name, entry in entries.items()}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.faults.sites import Sites, undisturbed
 
 pytestmark = [pytest.mark.sites, pytest.mark.timeout(1800)]
 
-ROUNDS, TAU, BATCH = 20, 30, 2
+ROUNDS, TAU, BATCH = 40, 30, 2  # more rounds than any story here takes, on a fast machine too
 EXTRA = "quorum = 1.0\ndeadline_s = 300.0\n[checkpoint]\nkeep_last = 99\n"
 SLOW_BYTES_PER_S = 30_000  # an update of 140 kB then takes seconds
 FAR = "ada"  # her node reaches the gateway through a proxy

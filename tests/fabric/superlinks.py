@@ -139,14 +139,20 @@ def object_id(content: bytes) -> str:
 
 
 def answer_with(
-    client: FleetClient, question: Question, objects: Sequence[bytes], source_id: int | None = None
+    client: FleetClient,
+    question: Question,
+    objects: Sequence[bytes],
+    source_id: int | None = None,
+    created_at: float | None = None,
 ) -> None:
     """Answer with any objects, the first of which passes for the message and the others for its parts.
 
     Goes to Flower as a hostile node could, past all that `FleetClient.reply` would not do. `source_id`: in whose name.
+    `created_at`: as if it was made then.
     """
     node, root = client._joined(), object_id(objects[0])
-    created_at, ttl_s = question.created_at + 0.001, max(0.001, question.ttl_s - 0.001)
+    created_at = question.created_at + 0.001 if created_at is None else created_at
+    ttl_s = max(0.001, question.ttl_s - 0.001)
     source = node.node_id if source_id is None else source_id
     metadata = Metadata(
         question.run_id, root, source, SUPERLINK_NODE_ID, question.message_id, "", created_at, ttl_s, MESSAGE_TYPE

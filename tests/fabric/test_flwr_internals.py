@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -174,7 +176,28 @@ def test_a_run_that_is_over_is_told_apart_from_a_refusal(federation: Federation)
     assert caught.value.code == RUN_ENDED
 
 
+def test_a_run_that_was_started_and_never_driven_is_not_in_the_way_of_the_next(federation: Federation) -> None:
+    """Its starter was killed between two calls. Flower gives out its task first, whose token serves no other run."""
+    flower_run._start_run(f"127.0.0.1:{federation.link.port}")
+    with closing(federation.link.run()) as run:
+        asked = run.push(federation.ada_id, {"ask": "how are you?"}, 30)
+        question = federation.ada.pull()
+        assert question is not None
+        assert question.message_id == asked
+
+
 # What a hostile node can send; the SuperLink takes all of it.
+
+
+def test_an_answer_of_no_time_keeps_nobody_from_being_heard(federation: Federation) -> None:
+    hostile, asked = federation.question(), federation.question(node_id=federation.bob_id)
+    bad, question = federation.ada.pull(), federation.bob.pull()
+    assert bad is not None
+    assert question is not None
+    with pytest.raises(FlowerDownError, match="a time that is no number"):
+        answer_with(federation.ada, bad, [PART], created_at=math.nan)
+    federation.bob.reply(question, {"status": "well"})
+    assert [reply.message_id for reply in federation.run.pull([hostile, asked])] == [asked]
 
 
 def test_an_answer_that_is_announced_and_never_sent_keeps_nobody_waiting(

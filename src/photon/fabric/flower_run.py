@@ -81,7 +81,7 @@ class FlowerRun:
                 f"http://{address}",
                 interceptors=[
                     flower.RuntimeVersionHttpInterceptor(component_name=_SERVERAPP),
-                    flower.RuntimeTokenHttpInterceptor(token=_acquire(address, secret)),
+                    flower.RuntimeTokenHttpInterceptor(token=_acquire(address, secret, self.run_id)),
                 ],
                 timeout=CALL_TIMEOUT_S,
             )
@@ -197,8 +197,12 @@ def _start_run(address: str) -> int:
         return int(control.StartRun(flower.StartRunRequest(fab=fab)).run_id)
 
 
-def _acquire(address: str, secret: bytes) -> str:
-    """The token of the run's task, within `CALL_TIMEOUT_S`."""
+def _acquire(address: str, secret: bytes, run_id: int) -> str:
+    """The token of the run's task, within `CALL_TIMEOUT_S`.
+
+    Flower gives out the oldest task first: that of a run that was started and never driven (its starter was killed, or
+    was not told in time that it was started) is taken off the queue and left. Its token would serve no other run.
+    """
     client = flower.RuntimeHttpClient(
         f"http://{address}",
         interceptors=[
@@ -211,7 +215,8 @@ def _acquire(address: str, secret: bytes) -> str:
         end = time.monotonic() + CALL_TIMEOUT_S
         while time.monotonic() < end:
             response = client.AcquireTask(flower.AcquireTaskRequest(supported_task_types=[_SERVERAPP]))
-            if response.HasField("task") and response.token:
+            if not response.HasField("task"):
+                time.sleep(0.1)
+            elif response.token and response.task.run_id == run_id:
                 return str(response.token)
-            time.sleep(0.1)
     raise FlowerDownError("the SuperLink gave out no task for the run that was just started")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from base64 import b64decode
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -54,12 +55,15 @@ def answer(
     root: str = ROOT,
     parts: int = 2,
     depth: int = 1,
+    created_at: float = 1.0,
+    ttl_s: float = 1.0,
 ) -> flower.PushMessagesRequest:
     """A request to push an answer; only what the gateway looks at is in it."""
     request = flower.PushMessagesRequest(node=flower.Node(node_id=node))
     for _ in range(messages):
         metadata = request.messages_list.add().metadata
         metadata.src_node_id, metadata.reply_to_message_id, metadata.message_id = source, to, ROOT
+        metadata.created_at, metadata.ttl = created_at, ttl_s
     for _ in range(trees):
         tree = request.message_object_trees.add(object_id=root)
         for _ in range(depth - 1):
@@ -97,6 +101,9 @@ def test_an_answer_of_a_node_passes_unchanged() -> None:
         (answer(parts=MAX_OBJECTS), 413),
         (answer(parts=0, depth=MAX_OBJECTS + 1), 413),
         (answer(parts=3000), 413),
+        (answer(created_at=math.nan), 400),  # with it the SuperLink fails at everybody's answers
+        (answer(ttl_s=math.nan), 400),
+        (answer(created_at=-math.inf, ttl_s=math.inf), 400),
     ],
 )
 def test_an_answer_in_another_name_or_of_too_many_parts_is_refused(

@@ -10,6 +10,7 @@ Calls that fetch code, and everything that is not Flower's fleet API, do not pas
 from __future__ import annotations
 
 import hmac
+import math
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
@@ -155,6 +156,9 @@ def _check_answer(request: flower.PushMessagesRequest) -> None:
         raise CallRefusedError("the message names another sender than the call", 403)
     if not metadata.reply_to_message_id:
         raise CallRefusedError("a node only answers", 403)
+    if not (math.isfinite(metadata.created_at) and math.isfinite(metadata.ttl)):
+        # The SuperLink keeps NaN as nothing, and then fails at every answer that is fetched together with this one.
+        raise CallRefusedError("the message has a time that is no number", 400)
     if tree.object_id != metadata.message_id:
         raise CallRefusedError("the message announces the objects of another one", 400)
     if len(list(islice(_objects(tree), MAX_OBJECTS + 1))) > MAX_OBJECTS:

@@ -252,6 +252,15 @@ def test_a_call_is_signed_with_the_key_of_the_name_and_its_answer_handed_back() 
     public.verify(signature, timestamp.encode(), ec.ECDSA(hashes.SHA256()))
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_the_way_to_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+
+    async def steps(forwarder: FleetForwarder, asked: Asked) -> None:
+        await forwarder.forward("ada", "pull-messages", b"")
+
+    assert len(forwarded(200, steps)) == 1
+
+
 def test_what_is_refused_does_not_reach_the_superlink_and_each_name_has_its_own_budget() -> None:
     push = flower.PushObjectRequest(object_content=bytes(MAX_CALL_BYTES - 100)).SerializeToString()
 

@@ -10,8 +10,10 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
@@ -24,6 +26,7 @@ from photon.fabric.fleet import NodeKeys
 from photon.fabric.fleet_client import FleetClient
 from photon.fabric.flower_run import FlowerReply, FlowerRun
 from photon.fabric.flwr_internals import RUN_ENDED, FlowerDownError
+from photon.fabric.supervise import free_port
 
 ROOT = Path(flwr_internals.__file__).parents[3]
 DEADLINE_S = 30.0
@@ -174,6 +177,44 @@ def test_a_run_that_is_over_is_told_apart_from_a_refusal(federation: Federation)
     with pytest.raises(FlowerDownError) as caught:
         federation.ada.reply(question, {"status": "well"})
     assert caught.value.code == RUN_ENDED
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_the_way(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not know our loopback; and a node takes the same way for its calls as for its bytes."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with closing(FlowerRun(f"127.0.0.1:{federation.link.port}", SECRET)) as run:
+        assert len(run.nodes()) == 2
+    with closing(federation.link.node("ada")) as ada:
+        assert ada.join(federation.ada_id) == federation.ada_id
+
+
+def test_a_node_is_not_sent_on_to_other_machines() -> None:
+    """A redirect would let the Aggregator choose whom in its owner's network a node speaks to."""
+    asked: list[str] = []
+
+    class SendsOn(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), SendsOn) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with closing(FleetClient(f"http://127.0.0.1:{server.server_port}", None)) as client:
+            client._node = flwr_internals.Node(node_id=7)
+            with pytest.raises(FlowerDownError) as caught:
+                client.pull()
+        server.shutdown()
+    assert caught.value.status == 307
+    assert asked == ["/v1/fleet/pull-messages"]
 
 
 def test_a_run_that_was_started_and_never_driven_is_not_in_the_way_of_the_next(federation: Federation) -> None:

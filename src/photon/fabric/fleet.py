@@ -95,7 +95,7 @@ class FleetForwarder:
         self._keys = NodeKeys(secret)
         self._budgets: dict[str, PushBudget] = {}
         self._url = f"http://{superlink}/v1/fleet/"
-        self._client = httpx.AsyncClient(timeout=flower.CALL_TIMEOUT_S)
+        self._client = httpx.AsyncClient(timeout=flower.CALL_TIMEOUT_S, trust_env=False)  # no proxy on the loopback
 
     async def forward(self, name: str, call: str, body: bytes) -> tuple[int, str, bytes]:
         """(status, content type, body) of Flower's answer to a node's call. Raises CallRefusedError."""

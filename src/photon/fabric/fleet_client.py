@@ -30,7 +30,9 @@ class FleetClient:
     """Speaks to Flower through the gateway, which knows who we are by our certificate and signs for us."""
 
     def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
-        self._client = flower.FleetHttpClient(url, verify=context or False, timeout=CALL_TIMEOUT_S)
+        verify = context or False
+        client = flower.FleetHttpClient(url, verify=verify, timeout=CALL_TIMEOUT_S)
+        self._client = flower.direct(client, verify)
         self._node: flower.Node | None = None
 
     def join(self, last_id: int | None) -> int:

@@ -77,13 +77,15 @@ class FlowerRun:
         self._arriving: list[_Arriving] = []
         with failures("start a run"):
             self.run_id = _start_run(address)
-            self._client = flower.RuntimeHttpClient(
-                f"http://{address}",
-                interceptors=[
-                    flower.RuntimeVersionHttpInterceptor(component_name=_SERVERAPP),
-                    flower.RuntimeTokenHttpInterceptor(token=_acquire(address, secret, self.run_id)),
-                ],
-                timeout=CALL_TIMEOUT_S,
+            self._client = flower.direct(
+                flower.RuntimeHttpClient(
+                    f"http://{address}",
+                    interceptors=[
+                        flower.RuntimeVersionHttpInterceptor(component_name=_SERVERAPP),
+                        flower.RuntimeTokenHttpInterceptor(token=_acquire(address, secret, self.run_id)),
+                    ],
+                    timeout=CALL_TIMEOUT_S,
+                )
             )
             self._client.PullTaskInput(flower.PullTaskInputRequest())
 
@@ -192,7 +194,7 @@ def _start_run(address: str) -> int:
         interceptors=[flower.RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         timeout=CALL_TIMEOUT_S,
     )
-    with control:
+    with flower.direct(control):
         fab = flower.fab_to_proto(flower.Fab(hashlib.sha256(app).hexdigest(), app, {}))
         return int(control.StartRun(flower.StartRunRequest(fab=fab)).run_id)
 
@@ -211,7 +213,7 @@ def _acquire(address: str, secret: bytes, run_id: int) -> str:
         ],
         timeout=CALL_TIMEOUT_S,
     )
-    with client:
+    with flower.direct(client):
         end = time.monotonic() + CALL_TIMEOUT_S
         while time.monotonic() < end:
             response = client.AcquireTask(flower.AcquireTaskRequest(supported_task_types=[_SERVERAPP]))

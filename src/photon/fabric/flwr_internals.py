@@ -10,9 +10,11 @@ tried once, with a timeout, and the caller decides.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
@@ -71,6 +73,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.interceptors.http.superexec_auth import SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -119,6 +122,7 @@ __all__ = [
     "SendTaskHeartbeatRequest",
     "StartRunRequest",
     "SuperExecAuthHttpInterceptor",
+    "direct",
     "fab_to_proto",
     "failures",
     "fetch_content",
@@ -150,6 +154,7 @@ _RECORD = "photon"
 _MAX_OBJECTS = 16
 
 Content = dict[str, str | bytes]
+_Client = TypeVar("_Client", bound=ProtobufClient)
 
 
 class FlowerDownError(PhotonError):
@@ -168,6 +173,17 @@ def flower_environment(base: Mapping[str, str], home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
+
+
+def direct(client: _Client, verify: ssl.SSLContext | bool = True) -> _Client:
+    """The same client, but one that goes where it is told: by no proxy of the environment, and sent on by nobody.
+
+    No proxy finds a SuperLink on our loopback. A node calls the gateway as it fetches bytes there, without one; and
+    it is not the Aggregator that decides which machines of an owner's network its node speaks to.
+    """
+    client._client.close()
+    client._client = httpx.Client(verify=verify, timeout=client._client.timeout, trust_env=False)
+    return client
 
 
 def superlink_arguments(port: int, database: Path, secret_file: Path) -> list[str]:

@@ -176,6 +176,17 @@ def test_connections_are_few(own_site: Site, monkeypatch: pytest.MonkeyPatch, li
         until(lambda: ask(own_site, "GET", f"/v1/blobs/{SHA}/data").status == 200)
 
 
+def test_who_moves_bytes_over_all_its_connections_can_still_say_that_it_is_there(
+    own_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a node that uses as many streams as it may would be offline while it downloads."""
+    monkeypatch.setattr(admission, "MAX_REQUESTS_AT_ONCE", 2)
+    own_site.store.publish(SHA, DATA)
+    with in_thread(own_site), ExitStack() as stack:
+        assert [held_open(own_site, stack, "ada").status for _ in range(3)] == [206, 206, 429]
+        assert ask(own_site, "POST", "/v1/fleet/send-node-heartbeat").status == 200
+
+
 def threads() -> int:
     return sum(thread.name == "photon-blobs" for thread in threading.enumerate())
 

@@ -19,7 +19,7 @@ from photon.identity import AuthenticationError, Identity, Revocations, peer_ide
 from photon.link.partial import BeyondPartError, OffsetError, PartialBusyError, PartialError
 from photon.link.store import BlobError, BlobRefusedError
 
-MAX_REQUESTS_AT_ONCE = 16  # of one identity
+MAX_REQUESTS_AT_ONCE = 16  # of one identity; and as many connections for bytes of blobs beside them
 MAX_REMARKS_A_MINUTE = 30  # on refusals of one identity, in the log
 SOMEBODY = "somebody"  # who has not said who it is
 _MINUTE_S = 60.0
@@ -68,7 +68,7 @@ class Admission:
     def __init__(self, keys: Path, nodes: Collection[str]) -> None:
         self._nodes = nodes
         self._revocations = Revocations(keys)
-        self._open: Counter[str] = Counter()
+        self._open: Counter[tuple[str, str]] = Counter()  # by (identity, what of it is open)
         self._lock = Lock()
         self._remarks = Remarks()
 
@@ -107,17 +107,21 @@ class Admission:
             raise RequestRefusedError(415, "bodies are taken as they are, not compressed")
 
     @contextmanager
-    def one_of(self, name: str) -> Iterator[None]:
-        """Count a request while the block runs. Raises RequestRefusedError if the identity has too many open."""
+    def one_of(self, name: str, what: str = "requests") -> Iterator[None]:
+        """Count one of `what` while the block runs. Raises RequestRefusedError if the identity has too many open.
+
+        Each sort has its own count: a node that moves bytes over all its connections still says that it is there.
+        """
+        key = name, what
         with self._lock:
-            if self._open[name] >= MAX_REQUESTS_AT_ONCE:
-                raise RequestRefusedError(429, f"{name} has {MAX_REQUESTS_AT_ONCE} requests open already")
-            self._open[name] += 1
+            if self._open[key] >= MAX_REQUESTS_AT_ONCE:
+                raise RequestRefusedError(429, f"{name} has {MAX_REQUESTS_AT_ONCE} {what} open already")
+            self._open[key] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._open[name] -= 1
+                self._open[key] -= 1
 
     def refusal(self, error: Exception, name: str, address: str | None) -> RequestRefusedError:
         """What to answer to a request of `name` that ended in `error`; the log tells of it too."""

@@ -184,7 +184,7 @@ class BlobServer:
         """
         name = identity_of(guest.session.peer_certificate()).name
         with ExitStack() as held, self._lock:
-            held.enter_context(self.admission.one_of(name))
+            held.enter_context(self.admission.one_of(name, "connections for blobs"))
             is_first = all(line.wire.node != name for line in self._lines)
             if self._stopping or (len(self._lines) >= MAX_LINES and not is_first):
                 raise RequestRefusedError(503, "the Aggregator has too many connections open")

@@ -18,7 +18,7 @@ from photon.fabric.errands import Errands, Standing
 from photon.fabric.home import NodeHome, PreparedRun
 from photon.fabric.process import WorkerProcess
 from photon.link.client import GatewayClient, LinkDownError
-from photon.link.update import EMPTY_SHA256, Reply, Sealed, Task, decode_message, expect_reply, seal
+from photon.link.update import EMPTY_SHA256, Reply, Sealed, Task, decode_message, expect_reply, expect_task, seal
 
 DEADLINE_S = 10.0
 
@@ -236,6 +236,63 @@ def test_dropped_work_leaves_nothing_to_hand_in(tmp_path: Path) -> None:
         release.set()
         here.offer(head(task("n2")), 0)
         here.wait("done", "n2")
+
+
+class Hanging:
+    """A trainer that takes tasks and does nothing, whatever it is told."""
+
+    is_ready, died_idle = True, False
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+        self.is_killed = False
+
+    def give(self, message: Sealed) -> None:
+        self.given.append(expect_task(decode_message(message)).nonce)
+
+    def ask_to_drop(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+    def wait(self) -> None:
+        pass
+
+
+class HangingDesk(Desk):
+    """Errands with trainers that hang."""
+
+    def _start_worker(self) -> WorkerProcess:
+        self.workers = [*getattr(self, "workers", []), Hanging()]
+        self._worker = cast(WorkerProcess, self.workers[-1])
+        return self._worker
+
+    def _do(self, job: errands._Job) -> Sealed:
+        return self._train(job, b"", time.monotonic() + DEADLINE_S)
+
+
+def test_a_trainer_that_hangs_is_ended_when_its_work_is_not_wanted_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the node would take part in no round any more, for as long as it runs."""
+    monkeypatch.setattr(errands, "_OBEY_S", 0.05)
+    monkeypatch.setattr(errands, "_POLL_S", 0.01)
+    with desk(tmp_path, ok, HangingDesk) as here:
+        assert isinstance(here, HangingDesk)
+        here.offer(head(task("n1")), 0)
+        until(lambda: here.workers[0].given == ["n1"])
+        here.drop("n1")
+        until(lambda: here.workers[0].is_killed)
+        here.offer(head(task("n2", number=4)), 0)
+        until(lambda: len(here.workers) == 2 and here.workers[1].given == ["n2"])
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def test_a_reason_that_names_the_owners_paths_stays_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ The trainer is a worker process that stays: model, compiled graph and optimizer 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -17,12 +18,12 @@ from queue import Empty, SimpleQueue
 from threading import Condition, Event, Thread
 from typing import NoReturn
 
-from photon.errors import PhotonError, WireError
+from photon.errors import WireError
 from photon.events import NodeProgress
 from photon.fabric.discretion import public_reason, say, without_secrets
 from photon.fabric.home import NodeHome, PreparedRun
 from photon.fabric.local import WORKER
-from photon.fabric.process import Ended, Signal, WorkerProcess
+from photon.fabric.process import Ended, Signal, TrainingDiedError, WorkerProcess
 from photon.link.body import Body, FileBody, whole_file
 from photon.link.client import GatewayClient
 from photon.link.transfer import download, upload
@@ -41,6 +42,7 @@ from photon.node.node import failure_reply
 
 MAX_ATTEMPTS = 3  # of one task, when its worker dies
 _WORKER_START_S = 600.0
+_OBEY_S = 600.0  # a trainer obeys after the step or the score at hand, be it the one that compiles the model
 _POLL_S = 0.5
 _UPLOAD_SLACK_S = 3600.0  # past its deadline an update may still be wanted: the Aggregator says when it is not
 _LEAST_TRAINING_S = 1.0
@@ -287,8 +289,9 @@ class Errands:
         return worker
 
     def _await_reply(self, job: _Job, worker: WorkerProcess) -> Sealed:
+        obey_by = math.inf
         while True:
-            self._repeat_orders(job, worker)
+            obey_by = self._repeat_orders(job, worker, obey_by)
             try:
                 sender, signal = self._signals.get(timeout=_POLL_S)
             except Empty:
@@ -308,14 +311,18 @@ class Errands:
         self._end_worker()
         raise TrainingDiedError(f"the trainer died ({ended.reason}); its log is in {self._prepared.folder.logs}")
 
-    def _repeat_orders(self, job: _Job, worker: WorkerProcess) -> None:
-        """A worker that had not begun has heard no order. Raises _DroppedError while closing."""
-        try:
+    def _repeat_orders(self, job: _Job, worker: WorkerProcess, obey_by: float) -> float:
+        """By when a worker must obey; one that had not begun heard nothing. Raises _DroppedError then, and closing."""
+        with suppress(_DroppedError):
             self._check(job)
-        except _DroppedError:
-            if self._closing:
-                raise
-            worker.ask_to_drop()
+            return math.inf
+        if is_late := time.monotonic() > obey_by:  # without another trainer no task would ever begin
+            say(f"round {job.task.round}: the trainer did not stop within {_OBEY_S:g} s, and is ended")
+            self._end_worker()
+        if is_late or self._closing:
+            raise _DroppedError
+        worker.ask_to_drop()
+        return min(obey_by, time.monotonic() + _OBEY_S)
 
     def _progress(self, job: _Job, progress: NodeProgress) -> None:
         phase = progress.state if progress.state in ("training", "evaluating", "sending") else "waiting"
@@ -384,10 +391,6 @@ class Errands:
         if worker is not None:
             worker.kill()
             worker.wait()
-
-
-class TrainingDiedError(PhotonError):
-    """The process that trains ended by itself."""
 
 
 def _speed(reply: Reply) -> float:

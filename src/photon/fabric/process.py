@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import IO
 
+from photon.errors import PhotonError
 from photon.events import NodeProgress
 from photon.link.body import FileBody
 from photon.link.update import Sealed, Serialised
@@ -30,6 +31,10 @@ READY, PROGRESS, REPLY, LAST = b"S", b"P", b"R", b"L"
 _IN_FILE = b"F"
 _CONTROL_BYTES = 2**16
 _END_S = 5.0  # a killed process is gone at once, unless the kernel holds it
+
+
+class TrainingDiedError(PhotonError):
+    """The process that trains ended by itself."""
 
 
 @dataclass(frozen=True)

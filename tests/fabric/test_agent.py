@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import pytest
 
+from photon.errors import InputError
 from photon.fabric import agent as agents
+from photon.fabric import home as homes
 from photon.fabric.agent import Agent, NodeOptions
 from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
 from photon.fabric.errands import Errands, Standing
@@ -182,3 +187,37 @@ def test_of_two_questions_the_first_is_answered_by_what_is_known_now(node: tuple
     fleet.questions = [question(2, wait_s=50.0)]
     one._turn()
     assert [name for name, _ in fleet.answers] == ["q1"]
+
+
+def test_a_disk_that_is_full_costs_no_node_its_place(
+    node: tuple[Agent, Fleet, Desk], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its task fails for that and is said to; when there is room again it goes on."""
+
+    def full(path: Path, data: bytes | str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(homes, "write_atomic", full)
+    one, fleet, _ = node
+    one._traffic_written = -math.inf
+    fleet.questions = [question(1)]
+    one._turn()
+    assert [name for name, _ in fleet.answers] == ["q1"]
+    assert "today's bytes cannot be written down: No space left on device" in capsys.readouterr().out
+    NodeHome(one._options.home.path).keep_id(7)
+
+
+def test_what_the_disk_does_not_take_while_a_run_is_prepared_is_a_sentence(node: tuple[Agent, Fleet, Desk]) -> None:
+    one, _, _ = node
+    one._preparation = agents._Preparation("r", RECIPE, failed=OSError(errno.ENOSPC, "No space left", "/data/x"))
+    one._preparation.thread = Thread()
+    with pytest.raises(InputError, match=r"run r cannot be prepared here: .*No space left: '/data/x'"):
+        one._turn()
+
+
+def test_a_state_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    home, site = NodeHome(tmp_path / "file"), SiteConfig(text=["x"])
+    with pytest.raises(InputError, match=r"file cannot hold what this node keeps .*: name another --state"):
+        Agent(NodeOptions("ada", "https://127.0.0.1:1", context, site, home)).run()

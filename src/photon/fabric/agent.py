@@ -22,7 +22,7 @@ from threading import Event, Lock, Thread
 from photon import __version__
 from photon.data.build import Progress
 from photon.durable import only_process
-from photon.errors import PhotonError, WireError
+from photon.errors import InputError, PhotonError, WireError
 from photon.fabric.card import read_card
 from photon.fabric.control import NodeStatus, read_ask, status_content
 from photon.fabric.discretion import say
@@ -101,7 +101,13 @@ class Agent:
     def run(self) -> None:
         """Take part until the owner says otherwise (SIGTERM or SIGINT: hand in what there is, then leave)."""
         options = self._options
-        options.home.path.mkdir(parents=True, exist_ok=True)
+        try:
+            options.home.path.mkdir(parents=True, exist_ok=True)
+            options.home.lock.touch()
+        except OSError as error:
+            raise InputError(
+                f"{options.home.path} cannot hold what this node keeps ({error.strerror}): name another --state"
+            ) from None
         with only_process(options.home.lock, f"{options.home.path} is used by another photon node"), self._signals():
             say(f"node {options.name}, Aggregator {options.url}, state in {options.home.path}")
             beats = Thread(target=self._beat, name="photon-heartbeat", daemon=True)
@@ -279,6 +285,8 @@ class Agent:
         if isinstance(preparation.failed, LinkDownError):
             self._preparation = None  # the next question begins it again
             self._down(preparation.failed)
+        elif isinstance(preparation.failed, OSError):
+            raise InputError(f"run {preparation.run} cannot be prepared here: {preparation.failed}")
         elif preparation.failed is not None:
             raise preparation.failed
         elif preparation.prepared is not None:
@@ -313,7 +321,10 @@ class Agent:
     def _write_traffic(self) -> None:
         self._traffic_written = time.monotonic()
         with self._traffic_lock:
-            self._options.home.keep_bytes(self._today, self._bytes_today)
+            try:
+                self._options.home.keep_bytes(self._today, self._bytes_today)
+            except OSError as error:  # a disk that is full now may not be later; meanwhile the bytes are counted here
+                say(f"today's bytes cannot be written down: {error.strerror}")
 
     # Trouble.
 

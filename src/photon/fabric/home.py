@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -85,8 +86,9 @@ class NodeHome:
         return found if isinstance(found, int) else None
 
     def keep_id(self, node_id: int) -> None:
-        """Remember the id for the next life."""
-        write_atomic(self.path / "flower.json", json.dumps({"node_id": node_id}))
+        """Remember the id for the next life, if the disk takes it: without it, rejoining only takes longer."""
+        with suppress(OSError):
+            write_atomic(self.path / "flower.json", json.dumps({"node_id": node_id}))
 
     def bytes_of(self, day: date) -> int:
         """Model bytes that crossed on this day, as far as they were written down."""

@@ -17,9 +17,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon import __version__
+from photon.certificates import write_private
 from photon.config import Recipe
 from photon.durable import write_atomic
 from photon.errors import FabricError, InputError
@@ -96,15 +97,13 @@ class Hub:
         for stale in self.path.glob("superlink.db*"):
             stale.unlink()
         if not self.secret.exists():
-            _write_secret(self.secret)
+            write_private(self.secret, secrets.token_bytes(_SECRET_BYTES), replace=True)  # all of it, or none
         files = {file.name: file.read_text("utf-8") for file in self.folder.tokenizer.iterdir() if file.is_file()}
         tokenizer = pack_tokenizer(files)
         tokenizer_sha256 = sha256_hex(tokenizer)
         self.open_store(recipe).publish(tokenizer_sha256, tokenizer)
         card = run_card(identity.run, __version__, recipe, identity.vocab_size, tokenizer, tokenizer_sha256)
         write_atomic(self.path / "run.json", card.model_dump_json(indent=1))
-        if not self.status.exists():
-            write_atomic(self.status, "{}")
         hub = HubFile(
             superlink_port=free_port(), host=host, port=port, keys=keys.resolve(), tokenizer_sha256=tokenizer_sha256
         )
@@ -178,7 +177,12 @@ class Hub:
         )
 
     def _sent(self) -> dict[str, tuple[int, int]]:
-        return {node: (traffic.sent_down, traffic.sent_up) for node, traffic in read_traffic(self.traffic).items()}
+        """What the gateway has counted; nothing while its file is damaged, as after a power cut."""
+        try:
+            accounts = read_traffic(self.traffic)
+        except ValidationError:
+            return {}
+        return {node: (traffic.sent_down, traffic.sent_up) for node, traffic in accounts.items()}
 
     def remove_leftovers(self) -> None:
         """After a finished run: what was in flight is of no use any more."""
@@ -198,12 +202,3 @@ def remote_infos(recipe: Recipe) -> Collection[NodeInfo]:
         )
         for silo in recipe.silo
     ]
-
-
-def _write_secret(path: Path) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(handle, secrets.token_bytes(_SECRET_BYTES))
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,8 +11,10 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import cast
 
 from photon.fabric.admission import SOMEBODY
 from photon.fabric.blobs import BLOB_LINE, BlobServer, json_answer
@@ -21,6 +23,9 @@ from photon.fabric.transport import Guest, Patience, TlsTransport
 from photon.identity import AuthenticationError, peer_identity
 from photon.link.tls import TlsSession
 
+# A process may have few descriptors (often 1024), and blobs need some: nobody may take all of them by connecting.
+MAX_KNOCKING = 128  # connections that are not open yet: whoever knocks longest is sent away for a new one
+MAX_CONNECTIONS = 64  # of one identity, beside those that carry bytes of blobs
 _BACKLOG = 256
 _LINE_BYTES = 256  # longer than any first line that asks for bytes of a blob
 _NO_DESCRIPTOR_PAUSE_S = 1.0
@@ -41,6 +46,8 @@ class Door:
         self._context, self._others, self._blobs = context, others, blobs
         self._traffic, self._patience = traffic, patience
         self._guests: set[asyncio.Task[None]] = set()
+        self._knocking: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._connections: Counter[str] = Counter()
 
     @asynccontextmanager
     async def open(self, host: str, port: int) -> AsyncIterator[tuple[str, int]]:
@@ -80,6 +87,13 @@ class Door:
             task = asyncio.create_task(self._receive(sock, str(address[0])))
             self._guests.add(task)
             task.add_done_callback(self._guests.discard)
+            self._knocking[task] = None
+            task.add_done_callback(lambda task: self._knocking.pop(task, None))
+            if len(self._knocking) > MAX_KNOCKING:
+                oldest = next(iter(self._knocking))
+                del self._knocking[oldest]
+                oldest.cancel()
+            await asyncio.sleep(0)  # let it begin, or end: accepting waits for nobody while others knock
 
     async def _receive(self, sock: socket.socket, address: str) -> None:
         """Serve one connection, or hand it over."""
@@ -89,11 +103,13 @@ class Door:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             await guest.handshake(TlsSession(self._context))
-            first = await guest.first_line(_LINE_BYTES)
-            if BLOB_LINE.match(first):
-                handed_over = await self._hand_over(guest, first)
-            else:
-                await self._serve(guest, first)
+            self._knocking.pop(cast(asyncio.Task[None], asyncio.current_task()), None)
+            with self._one_of(_name_of(guest.session) or SOMEBODY):
+                first = await guest.first_line(_LINE_BYTES)
+                if BLOB_LINE.match(first):
+                    handed_over = await self._hand_over(guest, first)
+                else:
+                    await self._serve(guest, first)
         except OSError:
             pass  # it broke, was silent, or is no guest of ours: there is nobody to tell
         except Exception as error:  # noqa: BLE001  # it ends this connection only
@@ -103,6 +119,17 @@ class Door:
                 if guest.wire is not None:
                     guest.wire.close()
                 sock.close()
+
+    @contextmanager
+    def _one_of(self, name: str) -> Iterator[None]:
+        """Count a connection of an identity while the block runs. Raises ConnectionAbortedError if it has too many."""
+        if self._connections[name] >= MAX_CONNECTIONS:
+            raise ConnectionAbortedError("too many connections")
+        self._connections[name] += 1
+        try:
+            yield
+        finally:
+            self._connections[name] -= 1
 
     async def _hand_over(self, guest: Guest, first: bytes) -> bool:
         """Let a thread serve it; False if it was sent away."""

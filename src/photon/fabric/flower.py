@@ -35,7 +35,7 @@ _MAX_WAIT_S = 15.0
 _MARGIN_S = 10.0  # a question is given up this long after its answer was due
 _FETCH_ATTEMPTS = 3
 _HEADER_BYTES = 2**21  # what an update may hold beside its tensors
-_TICKET_SLACK_S = 600.0
+_TICKET_SLACK_S = 2 * 3600.0
 
 
 @dataclass
@@ -135,7 +135,8 @@ class FlowerFabric:
             self._store.discard(node)
         self._tasked.add(node)
         self._publish(task, message.body)
-        until = time.time() + task.deadline_s + _TICKET_SLACK_S
+        # As long as a node tries (`errands`): grace and the lateness that a part allows begin where its deadline ends.
+        until = time.time() + 2 * task.deadline_s + _TICKET_SLACK_S
         self._store.allow(node, self._plane.payload_bytes + _HEADER_BYTES, until)
         with self._lock:
             peer = self._peers[node]

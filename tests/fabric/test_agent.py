@@ -7,6 +7,8 @@ import math
 import ssl
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -23,7 +25,7 @@ from photon.fabric.fleet_client import Question
 from photon.fabric.flwr_internals import RUN_ENDED, Content, FlowerDownError
 from photon.fabric.home import NodeHome
 from photon.link.update import Task, seal
-from photon.siteconfig import SiteConfig
+from photon.siteconfig import Caps, SiteConfig
 
 RECIPE, OTHER_RECIPE = "a" * 64, "b" * 64
 DONE = Standing(phase="done", nonce="n1", round=3, head=b"a reply")
@@ -53,11 +55,13 @@ class Desk:
         self.stands = Standing()
         self.offered: list[bytes] = []
         self.is_busy = True
+        self.handed_in = 0
 
     def standing(self) -> Standing:
         return self.stands
 
     def hand_in(self) -> bool:
+        self.handed_in += 1
         return self.is_busy
 
     def offer(self, head: bytes, base_bytes: int) -> None:
@@ -187,6 +191,21 @@ def test_of_two_questions_the_first_is_answered_by_what_is_known_now(node: tuple
     fleet.questions = [question(2, wait_s=50.0)]
     one._turn()
     assert [name for name, _ in fleet.answers] == ["q1"]
+
+
+@pytest.mark.parametrize(("begins", "ends", "handed_in"), [(-1, 1, 0), (1, 2, 1), (-2, -1, 1)])
+def test_who_is_outside_its_hours_trains_no_further(
+    node: tuple[Agent, Fleet, Desk], begins: int, ends: int, handed_in: int
+) -> None:
+    """A task of six hours that was begun shortly before the end went on into the owner's own time."""
+    one, fleet, desk = node
+    span = "-".join(f"{datetime.now() + timedelta(hours=hours):%H:%M}" for hours in (begins, ends))
+    site = SiteConfig(text=["x"], caps=Caps(hours=[span]))
+    one._options = replace(one._options, site=site)
+    desk.stands = Standing(phase="training", nonce="n1", round=3)
+    fleet.questions = [question(1, "n1")]
+    one._turn()
+    assert desk.handed_in == handed_in
 
 
 def test_a_disk_that_is_full_costs_no_node_its_place(

@@ -175,6 +175,8 @@ class Agent:
         if self._news.wait(POLL_S):
             self._news.clear()
             self._has_news = True
+        if self._errands is not None and not self._options.site.caps.is_open(datetime.now()):
+            self._errands.hand_in()  # what was begun within its hours is not trained on beyond them
         try:
             self._follow_preparation()
             question = self._fleet.pull()

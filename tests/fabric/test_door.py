@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from tests.fabric.gateways import DEADLINE_S, Site, ask, ask_over, connect, in_thread
 
 from photon.fabric import door, gateway
+from photon.fabric.transport import Patience
 
 
 @pytest.fixture
@@ -53,3 +57,28 @@ def test_one_identity_has_few_connections_and_others_are_not_touched(
                 break
             except (ConnectionError, ssl.SSLError):
                 assert time.monotonic() < end
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_address_of_a_name_that_the_machine_does_not_have_is_passed_over(
+    own_site: Site, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """In a container `localhost` often stands for ::1 as well, and there is no IPv6."""
+    here = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    absent = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))
+
+    def addresses(*words: object, **options: object) -> list[object]:
+        return [absent, here][: others + 1]
+
+    async def listen() -> str:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", AsyncMock(side_effect=addresses))
+        patience = Patience(1.0, 1.0, 1.0)
+        unused: Any = None
+        async with door.Door(unused, unused, unused, unused, patience).open("name", 0) as (host, _):
+            return host
+
+    if others:
+        assert asyncio.run(listen()) == "127.0.0.1"
+    else:
+        with pytest.raises(OSError, match="assign requested address"):
+            asyncio.run(listen())

@@ -8,6 +8,7 @@ of TLS in memory. Each has deadlines, and is on its node's account from its firs
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -29,6 +30,7 @@ MAX_CONNECTIONS = 64  # of one identity, beside those that carry bytes of blobs
 _BACKLOG = 256
 _LINE_BYTES = 256  # longer than any first line that asks for bytes of a blob
 _NO_DESCRIPTOR_PAUSE_S = 1.0
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _LOG = logging.getLogger("photon.gateway")
 
 
@@ -52,11 +54,19 @@ class Door:
     @asynccontextmanager
     async def open(self, host: str, port: int) -> AsyncIterator[tuple[str, int]]:
         """Accept connections while the block runs; yields host and port. Raises OSError."""
-        loop, listeners = asyncio.get_running_loop(), []
+        loop = asyncio.get_running_loop()
+        listeners: list[socket.socket] = []
         accepting: list[asyncio.Task[None]] = []
         try:
-            for info in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
-                listeners.append(socket.create_server(info[4][:2], family=info[0], backlog=_BACKLOG))
+            places = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for number, info in enumerate(places, start=1):
+                try:
+                    listeners.append(socket.create_server(info[4][:2], family=info[0], backlog=_BACKLOG))
+                except OSError as error:
+                    # A name like localhost may stand for an address of IPv6 where the machine has none.
+                    if error.errno not in _NO_SUCH_ADDRESS or (number == len(places) and not listeners):
+                        raise
+                    continue
                 listeners[-1].setblocking(False)
             accepting = [asyncio.create_task(self._accept(listener)) for listener in listeners]
             yield listeners[0].getsockname()[:2]

@@ -309,6 +309,9 @@ def test_a_url_means_a_store(credentials: pytest.MonkeyPatch, tmp_path: Path) ->
     for url in ("s3", "s3://", "ftp://host/x", "https://host/x", "memory:///", "file://", "file://host/x", "bucket"):
         with pytest.raises(ConfigError):
             open_store(url, tmp_path / "work")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/store cannot hold blobs: Not a directory"):
+        open_store(f"file://{tmp_path}/file/store", tmp_path / "work")
     for url in (f"s3://me:{SECRET}@bucket/run", f"az://container/run?sig={SECRET}", f"s3://bucket/run#{SECRET}"):
         with pytest.raises(ConfigError, match="environment") as raised:
             open_store(url, tmp_path / "work")

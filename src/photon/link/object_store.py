@@ -82,7 +82,10 @@ def open_store(url: str, workspace: Path) -> BlobStore:
     if split.scheme == "file":
         if split.netloc not in ("", "localhost") or not split.path.strip("/"):
             raise ConfigError(f"{url} names no folder of this machine: write file:///path/of/the/folder.")
-        return FolderStore(Path(unquote(split.path)))
+        try:
+            return FolderStore(Path(unquote(split.path)))
+        except OSError as error:
+            raise ConfigError(f"{url} cannot hold blobs: {error.strerror} ({error.filename}).") from None
     answers = {os.environ.get(name, "").lower() for name in ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP")}
     return ObjectStore(url, workspace, allow_http=bool(answers & {"1", "true", "yes", "on"}))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests import authorities
@@ -43,6 +45,20 @@ def test_what_cannot_be_revoked(folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be revoked"):
         revoke(folder, "aggregator")
     assert revoke(folder, "operator") == [bundle_identity(folder / "operator.key").serial]
+
+
+def test_the_keys_of_another_user_are_said_to_be_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def refused(path: Path, **options: Any) -> os.stat_result:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    for use in (issued, lambda where: revoke(where, "alice"), lambda where: issue_node(where, "bob")):
+        with pytest.raises(InputError, match="cannot be read: Permission denied; it is its owner's alone"):
+            use(folder)
 
 
 def test_two_changes_at_once_lose_nothing(folder: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import threading
 import time
@@ -124,6 +125,21 @@ def test_folders_that_have_no_status(run: RunFolder, tmp_path: Path) -> None:
     put(run)
     with pytest.raises(InputError, match="a key is only for an address"):
         read_status(str(run.path), tmp_path / "operator.key")
+
+
+@pytest.mark.parametrize("name", ["", "run.json"])
+def test_a_run_of_another_user_is_said_to_be_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As systemd keeps it, readable by its own user alone."""
+    stat, hidden = Path.stat, run.path / name
+
+    def refused(path: Path, **options: Any) -> os.stat_result:
+        if path == hidden:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(InputError, match="cannot be read: Permission denied; is the run another user's"):
+        read_status(str(run.path), None)
 
 
 @pytest.mark.parametrize(

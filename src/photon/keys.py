@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -142,8 +143,7 @@ def revoke(folder: Path, name: str) -> list[str]:
 def issued(folder: Path) -> list[Issued]:
     """Every certificate the authority in `folder` made, oldest first. Raises InputError, StateError."""
     path, revocations = folder / _ISSUED_FILE, Revocations(folder)
-    if not path.is_file():
-        raise InputError(f"{folder} is no folder of keys; photon keys init {folder} makes one.")
+    _check_folder(folder, path)
     found = []
     for number, line in enumerate(read_file(path).splitlines(), start=1):
         try:
@@ -233,11 +233,22 @@ def _issue(folder: Path, ca: Pair, pair: Pair, path: Path, *, replace: bool = Fa
     write_private(path, certificates.bundle_pem(pair, ca), replace=replace)
 
 
+def _check_folder(folder: Path, file: Path) -> None:
+    """Raises InputError unless the folder has this file, which every folder of keys has."""
+    try:
+        is_there = stat.S_ISREG(file.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_there = False
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}; it is its owner's alone.") from None
+    if not is_there:
+        raise InputError(f"{folder} is no folder of keys; photon keys init {folder} makes one.")
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One change of the folder at a time. Raises InputError if it is no folder of keys or stays busy."""
-    if not (folder / _CA_CERTIFICATE).is_file():
-        raise InputError(f"{folder} is no folder of keys; photon keys init {folder} makes one.")
+    _check_folder(folder, folder / _CA_CERTIFICATE)
     try:
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:

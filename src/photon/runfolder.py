@@ -11,6 +11,7 @@ model/        the result, Hugging Face format        logs/          output of wo
 from __future__ import annotations
 
 import secrets
+import stat
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -106,12 +107,16 @@ class RunFolder:
     def identity(self) -> Identity:
         """The run's identity. Raises InputError if the folder is no run, StateError if it is damaged."""
         path = self.path / "run.json"
-        if not path.is_file() or not self.recipe.is_file():
+        try:
+            if not all(stat.S_ISREG(file.stat().st_mode) for file in (path, self.recipe)):
+                raise FileNotFoundError
+            return Identity.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{self.path} is not a run: it has no run.json and recipe.toml (`photon train` makes runs)"
-            )
-        try:
-            return Identity.model_validate_json(path.read_bytes())
+            ) from None
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}; is the run another user's?") from None
         except ValidationError as error:
             raise StateError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
 

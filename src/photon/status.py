@@ -7,6 +7,7 @@ asks the gateway with a key.
 from __future__ import annotations
 
 import json
+import stat
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -68,7 +69,13 @@ def _ask_gateway(url: str, bundle: Path | None) -> dict[str, Any]:
 
 def _read_folder(target: str) -> dict[str, Any]:
     folder = RunFolder(Path(target))
-    if not folder.path.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(folder.path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    except OSError as error:
+        raise InputError(f"{target} cannot be read: {error.strerror}; is the run another user's?") from None
+    if not is_folder:
         raise InputError(f"there is no run folder {target}; an address is written https://HOST:PORT")
     folder.identity()
     path = folder.path / "exchange" / "status.json"

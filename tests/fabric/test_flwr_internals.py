@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
@@ -288,6 +289,27 @@ def test_junk_in_an_answer_is_dropped_and_the_next_question_is_heard(federation:
     assert question is not None
     federation.ada.reply(question, {"status": "well"})
     assert [reply.content for reply in federation.answers(again)] == [{"status": "well"}]
+
+
+def test_a_node_that_confirms_what_was_not_sent_yet_is_the_only_one_that_cannot_be_asked(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It removes its own question that way. If that looked like a Flower that is gone, nobody behind it was asked."""
+    send, ada = flwr_internals.push_objects, federation.ada
+
+    def be_quick(*arguments: Any, **options: Any) -> None:
+        (message,) = ada._client.PullMessages(flwr_internals.PullMessagesRequest(node=ada._joined())).messages_list
+        ada._client.ConfirmMessageReceived(
+            flwr_internals.ConfirmMessageReceivedRequest(
+                node=ada._joined(), run_id=message.metadata.run_id, message_object_id=message.metadata.message_id
+            )
+        )
+        send(*arguments, **options)
+
+    monkeypatch.setattr(flwr_internals, "push_objects", be_quick)
+    with pytest.raises(FlowerDownError, match="did not wait for its message") as caught:
+        federation.question()
+    assert caught.value.status == 404
 
 
 def test_a_node_cannot_speak_as_another(federation: Federation) -> None:

@@ -290,7 +290,8 @@ class FlowerFabric:
             except FlowerDownError as error:
                 if error.status != 404:
                     raise
-                continue  # it went offline this moment
+                peer.ask_after = time.monotonic() + _LOOK_S  # it went offline this moment, or takes none
+                continue
             with self._lock:
                 peer.question, peer.question_nonce = question, nonce
                 peer.question_due = time.monotonic() + wait_s + _MARGIN_S

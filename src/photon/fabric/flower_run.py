@@ -102,7 +102,7 @@ class FlowerRun:
         return [FlowerNode(n.node_id, bytes(n.public_key), n.last_activated_at, n.status == "online") for n in found]
 
     def push(self, node_id: int, content: Content, ttl_s: float) -> str:
-        """Send a message to a node; its id."""
+        """Send a message to a node; its id. With the status 404 it is the node that cannot be sent any."""
         ours = flower.SUPERLINK_NODE_ID
         metadata = flower.Metadata(self.run_id, "", ours, node_id, "", "", time.time(), ttl_s, flower.MESSAGE_TYPE)
         with failures("send a message"), flower.no_object_id_recompute():
@@ -119,7 +119,10 @@ class FlowerRun:
                 self._client.PushObject, self._node, self.run_id, response.session_id
             )
             wanted = set(response.objects_to_push)
-            flower.push_objects(flower.get_all_nested_objects(message), push, object_ids_to_push=wanted)
+            try:
+                flower.push_objects(flower.get_all_nested_objects(message), push, object_ids_to_push=wanted)
+            except flower.ObjectPushError as error:  # a node may confirm what it has not received: it is removed then
+                raise FlowerDownError(f"node {node_id} did not wait for its message: {error}", status=404) from error
         return str(response.message_ids[0])
 
     def pull(self, message_ids: Iterable[str]) -> list[FlowerReply]:

@@ -103,6 +103,7 @@ __all__ = [
     "Message",
     "Metadata",
     "Node",
+    "ObjectPushError",
     "ObjectTree",
     "ObjectUnavailableError",
     "ProtoMessage",

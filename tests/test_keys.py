@@ -47,6 +47,18 @@ def test_what_cannot_be_revoked(folder: Path) -> None:
     assert revoke(folder, "operator") == [bundle_identity(folder / "operator.key").serial]
 
 
+def test_a_list_that_was_mended_in_an_editor_can_be_added_to(folder: Path) -> None:
+    """One that leaves the last line without its end; after that, nobody at all was admitted."""
+    revoke(folder, "operator")
+    for name in ("revoked.txt", "issued.jsonl"):
+        (folder / name).write_bytes((folder / name).read_bytes().rstrip(b"\n"))
+    revoke(folder, "alice")
+    issue_node(folder, "bob")
+    assert {one.name: one.revoked for one in issued(folder)} == {
+        "aggregator": False, "operator": True, "alice": True, "bob": False,
+    }  # fmt: skip
+
+
 def test_the_keys_of_another_user_are_said_to_be_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stat = Path.stat
 

@@ -136,7 +136,7 @@ def revoke(folder: Path, name: str) -> list[str]:
         if serials:
             path, when = folder / REVOKED_FILE, certificates.now().isoformat()
             lines = "".join(f"{serial} {name} {when}\n" for serial in serials)
-            write_private(path, read_file(path) + lines.encode(), replace=True)
+            write_private(path, _lines(path) + lines.encode(), replace=True)
     return serials
 
 
@@ -229,8 +229,14 @@ def _issue(folder: Path, ca: Pair, pair: Pair, path: Path, *, replace: bool = Fa
     end, record = pair.certificate.not_valid_after_utc, folder / _ISSUED_FILE
     entry = Issued(name=name, role=role, serial=f"{pair.certificate.serial_number:x}", not_after=end)
     # Recorded first: whatever happens then, no certificate is out there that cannot be revoked.
-    write_private(record, read_file(record) + entry.model_dump_json().encode() + b"\n", replace=True)
+    write_private(record, _lines(record) + entry.model_dump_json().encode() + b"\n", replace=True)
     write_private(path, certificates.bundle_pem(pair, ca), replace=replace)
+
+
+def _lines(path: Path) -> bytes:
+    """What a file of lines holds; the last one is ended, as an editor may not have done."""
+    data = read_file(path)
+    return data if not data or data.endswith(b"\n") else data + b"\n"
 
 
 def _check_folder(folder: Path, file: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_time_left_is_the_mean_of_the_latest_rounds(
     assert isinstance(done, RoundDone)
     planned = first + len(durations) + to_go
     view, clock_s = RunView(), 5000.0
-    view.fold(start.model_copy(update={"first_round": first, "rounds": planned, "seconds": clock_s}))
+    so_far = {"first_round": first, "first_step": first * start.tau, "seconds": clock_s}
+    view.fold(start.model_copy(update={"rounds": planned, **so_far}))
     assert view.seconds_left is None
     for index, duration in enumerate(durations, start=1):
         clock_s += duration
@@ -146,10 +148,26 @@ def test_time_left_after_a_resume_forgets_the_time_before(make_events: MakeEvent
     start = events[0]
     assert isinstance(start, RunStarted)
     view = RunView()
-    for event in [start.model_copy(update={"first_round": 3, "seconds": 25.0}), events[-1]]:
+    resumed = {"first_round": 3, "first_step": 3 * start.tau, "seconds": 25.0}
+    for event in [start.model_copy(update=resumed), events[-1]]:
         view.fold(event)  # round 4 ends at 40 s
     assert view.seconds_left == 5 * 15.0
     assert view.seconds_left != 5 * 40.0 / 4  # the mutant: all time over all rounds
+
+
+@pytest.mark.parametrize(("first_round", "first_step", "steps"), [(0, 0, 4), (3, 40, 10)])
+def test_time_left_after_the_first_round_goes_by_the_steps_it_took(
+    make_events: MakeEvents, first_round: int, first_step: int, steps: int
+) -> None:
+    """A part may give the first round, of a run or after a resume, another tau than the recipe's 16."""
+    start, done = (next(e for e in make_events() if isinstance(e, kind)) for kind in (RunStarted, RoundDone))
+    view = RunView()
+    began = {"rounds": 10, "tau": 16, "seconds": 0.0, "first_round": first_round, "first_step": first_step}
+    view.fold(start.model_copy(update=began))
+    ended = {"round": first_round + 1, "sequential_step": first_step + steps, "seconds": 3.0 * steps}
+    view.fold(done.model_copy(update=ended))
+    assert view.seconds_left == pytest.approx(3.0 * (160 - first_step - steps))
+    assert view.rounds_planned == f"~{first_round + 1 + math.ceil((160 - first_step - steps) / steps)}"
 
 
 @given(gaps=st.lists(st.floats(0.0, 5.0), max_size=60))
@@ -233,6 +251,13 @@ def test_the_live_screen_answers_the_questions(make_events: MakeEvents) -> None:
     assert "finished" in shown(display)
 
 
+def test_the_live_screen_of_a_resumed_run_says_where_it_is(make_events: MakeEvents) -> None:
+    display = live()
+    start = make_events(rounds=1, planned=24)[0]
+    display.write(start.model_copy(update={"first_round": 7, "first_step": 112}))
+    assert "sequential step   112" in shown(display)
+
+
 def test_a_crowd_of_nodes_fits_the_screen_and_none_is_forgotten(make_events: MakeEvents) -> None:
     names = [f"node-{i:02}" for i in range(64)]
     display = live(height=30)
@@ -297,6 +322,17 @@ def test_the_closing_table_of_a_run_that_only_began(make_events: MakeEvents) -> 
     text = closing(make_events()[:1])
     assert "no bytes moved" in text
     assert "│" not in text
+
+
+def test_the_closing_table_tells_the_bytes_of_a_run_with_one_node_a_round(make_events: MakeEvents) -> None:
+    """Per-step training of one node would exchange nothing, but these rounds did."""
+    events = make_events(rounds=6, tau=16)
+    start = events[0].model_copy(update={"nodes_per_round": 1})
+    text = closing([start, *events[1:]])
+    assert "144 MB moved (up 72.0 MB, down 72.0 MB)" in text
+    assert "times fewer" not in text
+    alone = start.model_copy(update={"nodes": ["pooled"]})  # the baseline's bytes are those of its own process
+    assert "no bytes moved between sites" in closing([alone, *events[1:]])
 
 
 def test_markup_in_names_and_samples_is_literal(make_events: MakeEvents) -> None:

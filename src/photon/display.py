@@ -62,9 +62,7 @@ class RunView:
         if isinstance(event, RunStarted):
             self.start, self._round_began_s = event, event.seconds
         elif isinstance(event, RoundDone):
-            before = self.last.sequential_step if self.last is not None else None
-            steps = event.sequential_step - before if before is not None else self.start.tau if self.start else 1
-            self._latest.append((event.seconds - self._round_began_s, steps))
+            self._latest.append((event.seconds - self._round_began_s, event.sequential_step - self.steps_done))
             self.last, self._round_began_s = event, event.seconds
         elif isinstance(event, Evaluated):
             self.evaluations.append(event)
@@ -278,11 +276,13 @@ def final_table(
 
 def _bytes_line(summary: Summary) -> str:
     moved = summary.bytes_up + summary.bytes_down
-    if summary.bytes_ratio is None:
+    if not moved or summary.nodes == 1:  # which may be the baseline: its traffic is that of its own process
         return "no bytes moved between sites"
+    both = f"{byte_size(moved)} moved (up {byte_size(summary.bytes_up)}, down {byte_size(summary.bytes_down)})"
+    if summary.bytes_ratio is None:  # one node a round, which has nobody to exchange gradients with at every step
+        return both
     return (
-        f"{byte_size(moved)} moved (up {byte_size(summary.bytes_up)}, down {byte_size(summary.bytes_down)}), "
-        f"{significant(summary.bytes_ratio)} times fewer than the {byte_size(summary.bytes_ddp)} of per-step "
+        f"{both}, {significant(summary.bytes_ratio)} times fewer than the {byte_size(summary.bytes_ddp)} of per-step "
         "data-parallel training for the same steps"
     )
 

@@ -147,7 +147,7 @@ class LiveDisplay:
             f"{count(last.tokens)}  {count(last.tokens_per_second)} tok/s" if last else "0",
         )
         moved = f"up {byte_size(last.bytes_up)}  down {byte_size(last.bytes_down)}" if last else "nothing moved yet"
-        grid.add_row("sequential step", str(last.sequential_step if last else 0), "bytes", moved)
+        grid.add_row("sequential step", str(view.steps_done), "bytes", moved)
         return grid
 
     def _node_table(self) -> Table:

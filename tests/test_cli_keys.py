@@ -75,6 +75,12 @@ def test_from_an_empty_disk_to_a_node_that_was_let_in_again(tmp_path: Path) -> N
     assert abs(ends[0] - ends[2] - timedelta(days=10)) < timedelta(minutes=1)  # not `.days`: seconds pass in between
 
 
+def test_a_folder_of_keys_is_named_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "keys[/x]"
+    run("init", folder)
+    assert "keys[/x]" in run("list", folder)
+
+
 def test_the_default_hosts_are_said_to_be_local(tmp_path: Path) -> None:
     said = run("init", tmp_path / "keys")
     assert "localhost, 127.0.0.1" in said and "need --host" in said

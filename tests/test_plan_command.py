@@ -152,6 +152,12 @@ def test_a_page_stands_alone(tmp_path: Path, sweep: str | None) -> None:
     assert "<script" not in page
 
 
+def test_the_path_of_a_page_is_printed_whole(tmp_path: Path) -> None:
+    path = tmp_path / ("a-long-name-" * 12) / "[draft].svg"
+    path.parent.mkdir()
+    assert output("demo --out", str(path)).endswith(f"{path}\n")
+
+
 def test_a_picture_alone_is_well_formed(tmp_path: Path) -> None:
     path = tmp_path / "plan.svg"
     output("demo --sweep bandwidth=1Mbps..1Gbps --out", str(path))

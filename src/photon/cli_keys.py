@@ -131,10 +131,11 @@ def revoke(name: NameArgument, folder: FolderArgument) -> None:
 def list_keys(folder: FolderArgument) -> None:
     """Every certificate that was made: for whom, until when, and whether it is refused."""
     from rich.table import Table
+    from rich.text import Text
 
     from photon import keys
 
-    table = Table(title=f"Keys: {folder}", title_justify="left")
+    table = Table(title=Text(f"Keys: {folder}"), title_justify="left")
     for heading in ("name", "kind", "expires", "revoked", "serial"):
         table.add_column(heading, overflow="fold")
     for one in keys.issued(folder):

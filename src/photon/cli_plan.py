@@ -136,7 +136,7 @@ def run_plan(options: PlanOptions) -> None:
     for part in [*plan_tables(plan), *([sweep_table(sweep)] if sweep else [])]:
         console.print(part)
     if options.out is not None:
-        console.print(str(options.out))
+        console.print(str(options.out), markup=False, highlight=False, soft_wrap=True)
 
 
 def ask(options: PlanOptions) -> Question:

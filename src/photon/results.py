@@ -69,7 +69,7 @@ def presets_table() -> list[Table]:
 
 def silos_table(prepared: Prepared) -> Table:
     """What `photon data build` made."""
-    table = Table(title=f"Tokenizer: {prepared.tokenizer_folder}", title_justify="left")
+    table = Table(title=Text(f"Tokenizer: {prepared.tokenizer_folder}"), title_justify="left")
     for heading in ("silo", "source", "documents", "train tokens", "held-out tokens", "bytes/token", "folder"):
         is_text = heading in ("silo", "source", "folder")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
@@ -84,7 +84,7 @@ def silos_table(prepared: Prepared) -> Table:
                 count(manifest.train.tokens),
                 count(manifest.heldout.tokens),
                 f"{reader.bytes_per_token:.2f}",
-                str(source),
+                Text(str(source)),
             )
     return table
 
@@ -119,7 +119,7 @@ def scores_table(scores: tuple[Scores, Mapping[str, Scores]]) -> Table:
         ]
 
     for name, row in silos.items():
-        table.add_row(name, *cells(row))
+        table.add_row(Text(printable(name)), *cells(row))  # a pattern may have [a-z] in it, which is no markup
     if len(silos) > 1:
         table.add_section()
         table.add_row("pooled", *cells(pooled), style="bold")

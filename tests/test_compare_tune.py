@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from photon.compare_tune import axes_of, edges_of, points_of, winner_of
+from photon.compare_tune import Point, axes_of, edges_of, points_of, winner_of
 from photon.errors import ConfigError, InputError
 from photon.method import Method, apply_method, load_method, method_names, parse_method
+from photon.parts.method import Method as PartsOf
 from photon.recipe import load_recipe
 
 HEAD = 'title = "T"\nabout = "A."\ncites = "C."\n'
@@ -80,6 +81,30 @@ def test_an_edge_is_told_where_an_axis_has_an_inside() -> None:
     assert edges_of(axes, by_place[2, 1, 1]) == []
     assert edges_of(axes, by_place[3, 0, 1]) == ["federation.outer_lr"]
     assert edges_of(axes, by_place[0, 0, 2]) == ["federation.outer_lr", "node.lr"]
+
+
+def test_parts_and_words_have_no_edge() -> None:
+    """They stand in the order of the file, the method's own first: fedprox's mu of 0.01 lies within 0.001 to 1."""
+    method = load_method("fedprox")
+    axes = axes_of(method, apply_method(method, "demo"))
+    assert [axis.addresses for axis in axes] == [("federation.parts",), ("node.lr", "node.muon_lr")]
+    for place in range(len(axes[0].choices)):
+        assert edges_of(axes, Point({}, (place, 1))) == []
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_no_point_of_a_grid_is_tried_twice_in_other_words(name: str) -> None:
+    """A default that is written out is another recipe, and the same run."""
+    method = load_method(name)
+    default = apply_method(method, "demo")
+    size = math.prod(len(axis.choices) for axis in axes_of(method, default))
+    runs = set()
+    for point in points_of(method, default, size):
+        recipe = apply_method(method, "demo", point=point.settings)
+        federation = recipe.federation.model_copy(update={"parts": []})
+        plain = recipe.model_copy(update={"federation": federation})
+        runs.add((plain.model_dump_json(), PartsOf.of(recipe).parts))
+    assert len(runs) == size
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class MethodResult(Closed):
     to_target: Moment | None = Field(description="Mean at the target loss; null unless every run reached it.")
     hours: dict[str, float] = Field(description="Predicted hours of the whole run, by bandwidth of a node's link.")
     tuned: list[TunedPoint] = Field(description="Every point that was tried; empty without tuning.")
-    edges: list[str] = Field(description="Options for which the winner lies at the end of what could be tried.")
+    edges: list[str] = Field(description="Numbers for which the winner lies at the end of what could be tried.")
     runs: list[RunResult] = Field(description="By seed.")
 
 

@@ -40,6 +40,11 @@ class Axis:
         """Where the method stands."""
         return next(index for index, choice in enumerate(self.choices) if choice.setting is None)
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether there is a lowest and a highest choice: words and lists stand in the order of their file."""
+        return _are_numbers(self.choices)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -72,7 +77,7 @@ def axes_of(method: Method, default: Recipe) -> list[Axis]:
                 raise ConfigError(f"{method.place}: [tune] {error}") from error
             found.setdefault(_plain(value), Choice(value, setting))
         choices = list(found.values())
-        if all(isinstance(choice.value, int | float) for choice in choices):
+        if _are_numbers(choices):
             choices.sort(key=lambda choice: float(str(choice.value)))
         axes.append(Axis(addresses, tuple(choices)))
     return axes
@@ -97,11 +102,11 @@ def winner_of(losses: Sequence[float | None]) -> int:
 
 
 def edges_of(axes: Sequence[Axis], point: Point) -> list[str]:
-    """The options for which the point lies at an end of its axis: a better value may lie beyond."""
+    """The options, numbers all, for which the point lies at an end of its axis: a better value may lie beyond."""
     return [
         ", ".join(axis.addresses)
         for axis, index in zip(axes, point.place, strict=True)
-        if len(axis.choices) >= _LEAST_WITH_EDGES and index in (0, len(axis.choices) - 1)
+        if axis.has_ends and len(axis.choices) >= _LEAST_WITH_EDGES and index in (0, len(axis.choices) - 1)
     ]
 
 
@@ -133,6 +138,10 @@ def _point(axes: Sequence[Axis], place: tuple[int, ...]) -> Point:
             chosen |= dict.fromkeys(axis.addresses, setting)
     settings: Mapping[str, object] = chosen or NO_SETTINGS
     return Point(settings, place)
+
+
+def _are_numbers(choices: Sequence[Choice]) -> bool:
+    return all(isinstance(choice.value, int | float) for choice in choices)
 
 
 def _plain(value: object) -> str:

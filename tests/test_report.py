@@ -229,6 +229,30 @@ def test_the_lede_claims_only_what_is_so(make_events: MakeEvents) -> None:
     assert "No text left" not in alone
 
 
+@pytest.mark.parametrize(
+    ("ends", "told"), [((16, 32, 48), "16 local steps"), ((1, 2, 3), "1 local step"), ((4, 12, 28), "4 to 16 local steps")]
+)
+def test_local_steps_are_those_that_rounds_took(make_events: MakeEvents, ends: tuple[int, ...], told: str) -> None:
+    """A part may set tau: the recipe's says nothing of any round then."""
+    events: list[Event] = [
+        event.model_copy(update={"sequential_step": ends[event.round - 1]}) if isinstance(event, RoundDone) else event
+        for event in make_events(rounds=3, tau=16)
+    ]
+    assert f"in 3 rounds of {told}." in lede(Run.of(events, RECIPE))
+    assert f"3 of 3, {told} each" in Page(render_report(events, RECIPE)).text
+
+
+def test_bytes_are_told_where_one_node_trains_a_round(make_events: MakeEvents) -> None:
+    """There is no per-step training of one node to compare with, but what the link's codecs saved is there to see."""
+    events = make_events()
+    page = Page(render_report([events[0].model_copy(update={"nodes_per_round": 1}), *events[1:]], RECIPE)).text
+    assert "What crossed the network?" in page
+    assert "This run: 72.0 MB up and 72.0 MB down" in page
+    assert "From float32 to the wire" in page
+    assert "Per-step" not in page
+    assert "What crossed" not in render_report(make_events(names=["pooled"]), RECIPE)
+
+
 AXIS = Axis("steps", "sequential steps", "steps", str, {n: 10.0 * n for n in range(50)})
 
 

@@ -55,6 +55,7 @@ def render_report(events: Sequence[Event], recipe: str) -> str:
         "run": run,
         "summary": run.summary,
         "lede": content.lede(run),
+        "local_steps": content.local_steps(run),
         "axes": run.axes(),
         "colours": COLOURS,
         "learning": content.learning_figures(run),

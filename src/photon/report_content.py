@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -321,7 +322,7 @@ def lede(run: Run) -> str:
     """The run in two sentences."""
     summary = run.summary
     who = f"{summary.nodes} nodes" if summary.nodes > 1 else "One node"
-    rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''} of {summary.tau} local steps"
+    rounds = f"{summary.rounds} round{'s' if summary.rounds != 1 else ''} of {local_steps(run)}"
     together = " together" if summary.nodes > 1 else ""
     sentence = f"{who} trained a language model of {count(summary.parameters)} parameters{together}, in {rounds}."
     if summary.bytes_ratio is None or summary.nodes == 1:  # one node may hold the text of many owners
@@ -329,6 +330,14 @@ def lede(run: Run) -> str:
     moved = byte_size(summary.bytes_up + summary.bytes_down)
     fewer = f"{significant(summary.bytes_ratio)} times fewer bytes than gradients exchanged at every step"
     return f"{sentence} No text left its owner; {moved} of model weights and updates travelled, {fewer}."
+
+
+def local_steps(run: Run) -> str:
+    """Of a round, as they were: a part may have set another tau than the recipe's, in each round its own."""
+    ends = pairwise([0, *(event.sequential_step for event in run.rounds.values())])
+    taus = [end - begin for begin, end in ends] or [run.summary.tau]
+    fewest, most = min(taus), max(taus)
+    return f"{fewest} to {most} local steps" if fewest < most else f"{most} local step{'s' if most != 1 else ''}"
 
 
 def _figures(run: Run, charts: Iterable[Chart]) -> list[Figure]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,20 @@ def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path:
     assert said in output
     folder.recipe.write_text(recipe)
     assert RoundStore(folder.path / "rounds", 1, 0).load(folder.identity().run).progress.round == 4  # nothing is lost
+
+
+def test_the_same_kinds_of_other_weights_are_told_apart(recipe: Path, tmp_path: Path) -> None:
+    """Muon has second moments of the embedding and the norms alone, AdamW of every weight."""
+    folder = RunFolder(tmp_path / "run")
+    shares = ('federation.parts=["share(first=0)"]', "federation.rounds=1", "node.optimizer=muon")
+    code, output = run("train", recipe, *shares, "--run", folder.path)
+    assert code == 0, output
+    folder.recipe.write_text(folder.recipe.read_text().replace('optimizer = "muon"', 'optimizer = "adamw"'))
+    code, output = run("train", "--resume", folder.path)
+    assert code == 1, output
+    told = re.search(r"node.optimizer: .* shared exp_avg_sq of (\d+) weights .* now says exp_avg_sq of (\d+) w", output)
+    assert told is not None, output
+    assert int(told[1]) < int(told[2])
 
 
 def test_the_summary_adds_up(finished: RunFolder) -> None:

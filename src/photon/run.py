@@ -242,14 +242,16 @@ def _check_shared(run: Run, model: LanguageModel, state: GlobalState) -> None:
     wants = {name for name in _shared(run, model, "meta") if is_state(name)}
     if has != wants:
         raise StateError(
-            f"federation.parts: this run has shared {_kinds(has)} since it began, and its recipe now says "
-            f"{_kinds(wants)}: put back what was changed, or export the model and begin a new run from it (model.hf)"
+            f"federation.parts, node.optimizer: this run has shared {_kinds(has)} since it began, and its recipe now "
+            f"says {_kinds(wants)}: put back what was changed, or export the model and begin a new run from it (model.hf)"
         )
 
 
 def _kinds(names: set[str]) -> str:
+    """With the number of weights that have it: another optimizer may keep the same of others."""
     kinds = sorted({name.rpartition(STATE_MARK)[2] for name in names})
-    return ", ".join(kinds) if kinds else "no optimizer state"
+    weights = len({name.partition(STATE_MARK)[0] for name in names})
+    return f"{', '.join(kinds)} of {weights} weight{'s' * (weights != 1)}" if kinds else "no optimizer state"
 
 
 def plan_processes(recipe: Recipe) -> list[WorkerPlan]:

@@ -104,6 +104,13 @@ def test_a_plan_says_everything() -> None:
         assert word in text
 
 
+def test_a_model_that_devices_share_is_said_to_fit() -> None:
+    """128 GB beside `a device has 85.9 GB` would read as if they did not."""
+    assert "DOES NOT FIT: a device has 85.9 GB" in output("paper-7b --device h100")
+    assert "fits: shared by devices that have 85.9 GB each" in output("paper-7b --device h100 --devices-per-node 8")
+    assert " a device has 85.9 GB" in output("paper-125m --device h100 --devices-per-node 8")
+
+
 def test_at_most_is_said_where_a_lossless_stage_decides() -> None:
     text = output("demo", 'link.up=["int8", "zstd"]', "link.down=int8")
     lines = {line.split("  ")[0]: line for line in text.partition("A round")[0].splitlines()}

@@ -62,6 +62,8 @@ def memory_rows(plan: Plan) -> list[Row]:
     if memory.fits is not None and memory.device_memory_bytes is not None:
         room = byte_size(memory.device_memory_bytes)
         verdict = f"a device has {room}" if memory.fits else f"DOES NOT FIT: a device has {room}"
+        if memory.fits and memory.node_device_bytes > memory.device_memory_bytes:
+            verdict = f"fits: shared by devices that have {room} each"
     return [
         Row("node, device: weights", byte_size(memory.weights_bytes)),
         Row("node, device: gradients", byte_size(memory.gradients_bytes)),

@@ -230,7 +230,8 @@ def test_the_lede_claims_only_what_is_so(make_events: MakeEvents) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ends", "told"), [((16, 32, 48), "16 local steps"), ((1, 2, 3), "1 local step"), ((4, 12, 28), "4 to 16 local steps")]
+    ("ends", "told"),
+    [((16, 32, 48), "16 local steps"), ((1, 2, 3), "1 local step"), ((4, 12, 28), "4 to 16 local steps")],
 )
 def test_local_steps_are_those_that_rounds_took(make_events: MakeEvents, ends: tuple[int, ...], told: str) -> None:
     """A part may set tau: the recipe's says nothing of any round then."""

@@ -67,6 +67,18 @@ def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path:
     assert RoundStore(folder.path / "rounds", 1, 0).load(folder.identity().run).progress.round == 4  # nothing is lost
 
 
+def test_a_batch_size_that_was_changed_holds_from_the_resume_on(finished: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished.path, folder.path)
+    recipe = folder.recipe.read_text().replace("\nbatch_size = 2 ", "\nbatch_size = 1 ", 1)
+    folder.recipe.write_text(recipe.replace("rounds = 4", "rounds = 5"))
+    code, output = run("train", "--resume", folder.path)
+    assert code == 0, output
+    last = [event for event in read_events(folder.metrics) if isinstance(event, RoundDone)][-1]
+    tokens_of = {"ada": 1 * 4 * 32, "bob": 3 * 2 * 32, "cyd": 1 * 4 * 32}
+    assert {name: node.tokens for name, node in last.nodes.items()} == {name: tokens_of[name] for name in last.nodes}
+
+
 def test_the_same_kinds_of_other_weights_are_told_apart(recipe: Path, tmp_path: Path) -> None:
     """Muon has second moments of the embedding and the norms alone, AdamW of every weight."""
     folder = RunFolder(tmp_path / "run")

@@ -21,9 +21,10 @@ from photon.data.build import SiloData
 from photon.data.manifest import FILE_NAME, Manifest, Origin, ShardFile, Split
 from photon.data.shards import ShardReader
 from photon.data.stream import Stream
+from photon.errors import ConfigError
 from photon.fabric.site import SiteFile, open_site
 from photon.model.build import named_weights
-from photon.sites import POOLED, node_infos, plan_sites
+from photon.sites import POOLED, node_infos, plan_sites, sites_again
 
 SIZES = {"ada": [40], "bob": [90, 30], "cyd": [15]}  # training sequences of each source
 OWN: dict[str, dict[str, Any]] = {
@@ -84,6 +85,19 @@ def test_a_federation_has_one_site_per_silo(silos: dict[str, SiloData]) -> None:
     assert [file.sources for file in files] == [silos[file.name].sources for file in files]
     assert all(source.is_absolute() for file in files for source in file.sources)
     assert [info.tokens_per_step for info in node_infos(federated, files)] == [LENGTH, 3 * LENGTH, 2 * LENGTH]
+
+
+@pytest.mark.parametrize("outer", ["fedavg", "none"])
+def test_sites_follow_a_recipe_that_was_changed_but_for_their_text(silos: dict[str, SiloData], outer: str) -> None:
+    began = tiny_recipe(OWN, federation={"tau": 2, "outer": outer})
+    files = plan_sites(began, silos)
+    assert sites_again(began, files) == files
+    ada = {"batch_size": 5, "device": "cpu", "text": ["elsewhere"]}
+    changed = tiny_recipe(OWN | {"ada": ada, "bob": OWN["bob"] | {"weights": [2.0, 1.0]}}, federation={"outer": outer})
+    assert sites_again(changed, files) == plan_sites(changed, silos) != files
+    longer = tiny_recipe(OWN | {"ada": {"text": ["x", "y"], "weights": [1.0, 1.0]}}, federation={"outer": outer})
+    with pytest.raises(ConfigError, match=r"silo ada: 2 weights, but its text was prepared as 1 source"):
+        sites_again(longer, files)
 
 
 def test_the_baseline_trains_once_and_scores_as_the_federation_does(silos: dict[str, SiloData], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,7 +41,7 @@ from photon.parts.method import STATE_MARK, Method, is_state
 from photon.recipe import dump_recipe, load_recipe
 from photon.report import write_report
 from photon.runfolder import Identity, RunFolder
-from photon.sites import POOLED, node_infos, plan_sites
+from photon.sites import POOLED, node_infos, plan_sites, sites_again
 from photon.summary import Summary, summarise, write_summary
 from photon.track import Tracker, open_tracker, read_events, truncate_to
 
@@ -81,13 +81,24 @@ def resume(folder: RunFolder, display: Display, round_index: int | None = None) 
     for note in folder.changes():
         display.note(note)
     with folder.lock():
-        run = open_run(folder)
+        run = _with_sites_of_recipe(open_run(folder))
         if round_index is not None:
             run.store.load(run.identity.run, round_index)  # before anything is set aside: is it usable?
             run.store.set_aside(round_index)
             for site in run.sites:
                 _node_store(run, site).set_aside(round_index)
         return run_to_end(run, display, _setting(run), f"photon train --resume {folder.path}")
+
+
+def _with_sites_of_recipe(run: Run) -> Run:
+    """Batch sizes, devices and weights are the recipe's, also where it was changed since the run began."""
+    if run.recipe.link.fabric != "local":
+        return run  # sites on their own look at the recipe that they are given
+    sites = sites_again(run.recipe, run.sites)
+    for site in sites:
+        if site not in run.sites:
+            write_atomic(run.folder.node(site.name) / SITE_FILE, site.model_dump_json(indent=1) + "\n")
+    return replace(run, sites=sites)
 
 
 def embedding_rows(recipe: Recipe, tokenizer: Tokenizer) -> int:
@@ -243,7 +254,8 @@ def _check_shared(run: Run, model: LanguageModel, state: GlobalState) -> None:
     if has != wants:
         raise StateError(
             f"federation.parts, node.optimizer: this run has shared {_kinds(has)} since it began, and its recipe now "
-            f"says {_kinds(wants)}: put back what was changed, or export the model and begin a new run from it (model.hf)"
+            f"says {_kinds(wants)}: put back what was changed, or export the model and begin a new run from it "
+            "(model.hf)"
         )
 
 

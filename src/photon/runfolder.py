@@ -128,7 +128,10 @@ class RunFolder:
         identity = self.identity()
         changes = []
         if sha256(self.recipe.read_bytes()).hexdigest() != identity.recipe_sha256:
-            changes.append(f"{self.recipe} was changed since the run began: from here on the run follows the new one")
+            changes.append(
+                f"{self.recipe} was changed since the run began: from here on the run follows the new one, with the "
+                "tokenizer and the text that were prepared for it then"
+            )
         if identity.photon != __version__:
             changes.append(f"the run began with photon {identity.photon}, this is {__version__}: bits may differ")
         return changes

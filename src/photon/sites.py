@@ -7,12 +7,13 @@ steps. It is the only case in which one node reads several owners' text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from photon.config import Recipe, SiloConfig
 from photon.data.build import SiloData
 from photon.data.shards import ShardReader
+from photon.errors import ConfigError
 from photon.fabric.base import NodeInfo
 from photon.fabric.site import SiteFile
 
@@ -35,6 +36,21 @@ def plan_sites(recipe: Recipe, silos: Mapping[str, SiloData]) -> list[SiteFile]:
         for silo in recipe.silo
     ]
     return [*sites, _pooled_site(recipe, sites)] if pooled else sites
+
+
+def sites_again(recipe: Recipe, sites: Sequence[SiteFile]) -> list[SiteFile]:
+    """The sites of a run that goes on with `recipe`, in its order: all but their text is as `plan_sites` has it now.
+
+    Raises ConfigError if a silo's weights are not of the sources that were prepared for it when the run began.
+    """
+    sources = {site.name: site.sources for site in sites}
+    for silo in recipe.silo:
+        if silo.weights is not None and len(silo.weights) != len(sources[silo.name]):
+            raise ConfigError(
+                f"silo {silo.name}: {len(silo.weights)} weights, but its text was prepared as "
+                f"{len(sources[silo.name])} source(s) when the run began, and stays so: give as many"
+            )
+    return plan_sites(recipe, {silo.name: SiloData(silo.name, Path(), sources[silo.name]) for silo in recipe.silo})
 
 
 def node_infos(recipe: Recipe, sites: list[SiteFile]) -> list[NodeInfo]:

@@ -113,3 +113,20 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"a\.parquet needs|photon-federated\[data\]"):
         texts(tmp_path / "a.parquet")
+
+
+def test_a_zstd_file_with_a_wide_window_is_read(tmp_path: Path) -> None:
+    """As `zstd --long=31` writes it: large archives of text are often packed so."""
+    for window in (28, 31):
+        wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=window)
+        packer = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+        (tmp_path / "a.txt.zst").write_bytes(packer.compress(TEXT.encode()) + packer.flush())
+        assert texts(tmp_path / "a.txt.zst") == [TEXT]
+
+
+def test_parquet_strings_that_are_not_utf8_are_refused_by_row(tmp_path: Path) -> None:
+    whole = pa.array(["one", "two"])
+    torn = pa.Array.from_buffers(pa.string(), 2, [None, whole.buffers()[1], pa.py_buffer(b"onet\xffo")])
+    pq.write_table(pa.table({"text": torn}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: byte 0xff is not UTF-8"):
+        texts(tmp_path / "a.parquet")

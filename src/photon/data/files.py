@@ -29,6 +29,7 @@ TEXT = (
     ".pl .hs .ml .el .lisp .cs .log"
 )
 PIECE_BYTES = 1 << 20
+_WINDOW_BYTES = 1 << 31  # the widest that zstd --long writes; the library alone refuses those above 128 MiB
 
 
 def kind(path: Path) -> str:
@@ -104,7 +105,7 @@ class _Zstandard(io.RawIOBase):
     def _decompress(self, data: bytes) -> bytes:
         out = b""
         while data:
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = self._frame or zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
             out += frame.decompress(data)
             self._frame, data = (None, frame.unused_data) if frame.eof else (frame, b"")
         return out
@@ -187,8 +188,17 @@ def _parquet(path: Path, file: IO[bytes], field: str) -> Iterator[Document]:
                 raise missing_field(str(path), field, list(table.schema_arrow.names))
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    yield document(value, f"{path}: row {row}")
+                    yield document(_plain(value, f"{path}: row {row}"), f"{path}: row {row}")
         except pa.ArrowException as error:
             raise DataError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _plain(value: Any, where: str) -> object:
+    """A parquet value as Python's own; files may hold strings that are none, and nothing has checked them yet."""
+    try:
+        plain: object = value.as_py()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte 0x{error.object[error.start]:02x} is not UTF-8; write the file anew") from error
+    return plain

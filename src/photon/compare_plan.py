@@ -14,7 +14,7 @@ from typing import Any
 from photon.compare_tune import Point, points_of
 from photon.config import Recipe
 from photon.data.build import without_built
-from photon.data.sources import open_source
+from photon.data.sources import expanded, open_source
 from photon.errors import DataError, InputError
 from photon.estimate import tokens_per_round
 from photon.method import NO_SETTINGS, Method, Settings, apply_method, is_factor, setting_value
@@ -177,7 +177,7 @@ def texts_of(recipe: Recipe, here: Path) -> list[Text]:
     Relative paths start at `here`. Hub datasets and built-in text are known by name alone, and what is not there is
     left to the run, which refuses it.
     """
-    data = here / Path(recipe.data.dir).expanduser()
+    data = here / expanded(recipe.data.dir)
     named = [(spec, silo.field) for silo in recipe.silo for spec in silo.text]
     named += [(spec, "text") for spec in recipe.data.tokenizer_text]
     found: list[Text] = []
@@ -187,7 +187,7 @@ def texts_of(recipe: Recipe, here: Path) -> list[Text]:
         with suppress(DataError):
             source = without_built(open_source(spec, field, here), data)
             # The same from wherever the command is called, if the recipe's path is.
-            root = Path(here.anchor) if Path(spec).expanduser().is_absolute() else here
+            root = Path(here.anchor) if expanded(spec).is_absolute() else here
             found.append(source.identity(root))
     return found
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -70,6 +71,37 @@ def test_nothing_found_says_where_it_looked(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"\0")
     with pytest.raises(DataError, match=r"\(1 files of other kinds than text\)"):
         open_source(".", "text", tmp_path)
+
+
+def test_what_cannot_be_listed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "sub").mkdir()
+    list_folder = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        with pytest.raises(DataError, match=r"/sub: cannot be read \(Permission denied\)"):
+            open_source(".", "text", tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.txt: cannot be read \(No such file or directory\)"):
+        open_source(".", "text", tmp_path)
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for spec, complaint in (
+        ("", "a source without a name"),
+        (" ", "a source without a name"),
+        ("Once upon a time " * 20, r"cannot be read \(File name too long\)"),
+        ("~no-such-user/text", r"~no-such-user is no user's home here; write ~/no-such-user/text for your own"),
+    ):
+        with pytest.raises(DataError, match=complaint):
+            open_source(spec, "text", tmp_path)
 
 
 @given(parts=st.lists(st.text("aé🙂", min_size=1, max_size=20), max_size=8), limit=st.integers(1, 60))

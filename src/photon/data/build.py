@@ -17,7 +17,7 @@ from photon.data.document import Document
 from photon.data.manifest import FILE_NAME
 from photon.data.pool import Share, write_shares
 from photon.data.shards import Origin, ShardReader, encode_and_split, write_shards
-from photon.data.sources import Source, limited, open_source
+from photon.data.sources import Source, expanded, limited, open_source
 from photon.data.split import Encoded, is_heldout
 from photon.data.tokenizer import Tokenizer, train_tokenizer
 from photon.errors import DataError
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, root: Path | None = None, progress: Report | None = 
     names silo and source.
     """
     base = (root or Path.cwd()).resolve()
-    work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
+    work = _Workplace(recipe.data, base, base / expanded(recipe.data.dir), progress or (lambda _: None))
     sources = {silo.name: [work.found(silo, spec) for spec in _text_of(silo)] for silo in recipe.silo}
     tokenizer, tokenizer_folder = work.tokenizer(work.shared_text() or sources)
     if recipe.data.partition == "iid":
@@ -87,7 +87,7 @@ def prepare_tokenizer(recipe: Recipe, root: Path | None = None, progress: Report
     Raises DataError if the recipe would train it on text that stays with its owners.
     """
     base = (root or Path.cwd()).resolve()
-    work = _Workplace(recipe.data, base, base / Path(recipe.data.dir).expanduser(), progress or (lambda _: None))
+    work = _Workplace(recipe.data, base, base / expanded(recipe.data.dir), progress or (lambda _: None))
     shared = work.shared_text()
     if recipe.data.tokenizer == "train" and not shared:
         raise DataError(
@@ -143,7 +143,7 @@ class _Workplace:
     def tokenizer(self, silos: dict[str, list[Source]]) -> tuple[Tokenizer, Path]:
         """The tokenizer of the recipe and its folder: trained, found from last time, or taken from elsewhere."""
         if self.config.tokenizer != "train":
-            local = self.base / Path(self.config.tokenizer).expanduser()
+            local = self.base / expanded(self.config.tokenizer)
             tokenizer = Tokenizer.load(local if local.is_dir() else self.config.tokenizer)
             folder = self.folder / _TOKENIZERS / tokenizer.sha256[:16]
             if not folder.is_dir():

@@ -14,7 +14,7 @@ from photon.data import builtin, files
 from photon.data.document import Document, document
 from photon.errors import DataError
 
-__all__ = ["Document", "Source", "limited", "open_source", "read_source"]
+__all__ = ["Document", "Source", "expanded", "limited", "open_source", "read_source"]
 
 
 def read_source(spec: str, field: str, max_bytes: int | None) -> Iterator[Document]:
@@ -104,8 +104,34 @@ def open_source(spec: str, field: str, root: Path) -> Source:
     if spec.startswith("hf:"):
         _hub_name(spec)
         return Source(spec, field, (), ())
-    path = root / Path(spec).expanduser()
-    pattern = str(Path(spec).expanduser())
+    if not spec.strip():
+        raise DataError("a source without a name; name a folder, a file or a pattern (. is the working folder)")
+    try:
+        found, skipped = _find(spec, root)
+        for path in found:
+            path.stat()  # a link to nothing shows itself here
+    except OSError as error:
+        raise DataError(f"{error.filename or spec}: cannot be read ({error.strerror}); mend or remove it") from error
+    if not found:
+        kinds = f" ({len(skipped)} files of other kinds than text)" if skipped else ""
+        raise DataError(f"{spec}: no text files match{kinds}; looked for {root / expanded(spec)}")
+    return Source(spec, field, tuple(found), tuple(skipped))
+
+
+def expanded(path: str) -> Path:
+    """`path` with `~` and `~user` replaced by their homes; DataError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = path.partition("/")[0]
+        raise DataError(
+            f"{path}: {user} is no user's home here; write ~/{path[1:]} for your own, ./{path} for this folder"
+        ) from error
+
+
+def _find(spec: str, root: Path) -> tuple[list[Path], list[Path]]:
+    """The files that `spec` names, and those that it passes over; raises OSError for a folder that cannot be listed."""
+    path, pattern = root / expanded(spec), str(expanded(spec))
     names = glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207  # Path.glob refuses absolute patterns
     matches = [path] if path.exists() else [root / name for name in sorted(names)]
     found: list[Path] = []
@@ -117,16 +143,17 @@ def open_source(spec: str, field: str, root: Path) -> Source:
             for inside in _walk(match):
                 known = files.kind(inside) in files.RECORDS or files.kind(inside) in files.TEXT.split()
                 (found if known else skipped).append(inside)
-    if not found:
-        kinds = f" ({len(skipped)} files of other kinds than text)" if skipped else ""
-        raise DataError(f"{spec}: no text files match{kinds}; looked for {path}")
-    return Source(spec, field, tuple(found), tuple(skipped))
+    return found, skipped
 
 
 def _walk(folder: Path) -> list[Path]:
     """The files under a folder, sorted; hidden files and folders are left out, links to folders not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave out what it cannot list
+
     found = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if not name.startswith(".")]
     return sorted(found)

@@ -207,6 +207,15 @@ def test_what_was_built_is_never_read_as_text(root: Path) -> None:
         prepare(recipe({"x": "data/silos"}), root)
 
 
+def test_what_was_built_is_not_read_through_a_link_either(root: Path) -> None:
+    (root / "elsewhere").symlink_to(root)
+    seen = recipe({"all": str(root / "elsewhere")})
+    first, second = prepare(seen, root), prepare(seen, root)
+    assert shard_paths(first) == shard_paths(second)
+    manifest = ShardReader(shard_paths(first)[0]).manifest
+    assert manifest.train.documents + manifest.heldout.documents == 60
+
+
 @pytest.mark.parametrize(
     ("silos", "complaint"),
     [

@@ -107,10 +107,11 @@ def _text_of(silo: SiloConfig) -> list[str]:
 
 def without_built(source: Source, folder: Path) -> Source:
     """The source without what Photon has built in the data folder `folder`, which may lie within the owner's text."""
-    own = (folder / _TOKENIZERS, folder / _SILOS)
-    return replace(
-        source, files=tuple(path for path in source.files if not any(path.is_relative_to(place) for place in own))
-    )
+    own = [(folder / name).resolve() for name in (_TOKENIZERS, _SILOS)]
+    # Either may be named through a link; folders are few beside files.
+    real = {place: place.resolve() for place in {path.parent for path in source.files}}
+    kept = [path for path in source.files if not any(real[path.parent].is_relative_to(place) for place in own)]
+    return replace(source, files=tuple(kept))
 
 
 @dataclass(frozen=True)

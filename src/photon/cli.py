@@ -174,7 +174,7 @@ def generate_text(
     tokens: Annotated[int, typer.Option(help="Most tokens to write.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.", min=0.0)] = 0.7,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0 = all.", min=0)] = 40,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**64 - 1)] = 0,
     round_index: RoundOption = None,
 ) -> None:
     """Let a run's newest model write."""

@@ -48,7 +48,11 @@ def continue_text(
     seed: int,
     round_index: int | None = None,
 ) -> str:
-    """What a run's model writes after `prompt`."""
+    """What a run's model writes after `prompt`. Raises InputError if the prompt is not text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # what a terminal of another encoding hands over
+        raise InputError(f"character {error.start + 1} of the prompt is not UTF-8: type it anew") from error
     run, model, _ = load_trained(folder, round_index)
     encoded = run.tokenizer.encode(prompt) or [run.tokenizer.end_of_text]
     return run.tokenizer.decode(generate(model, encoded, tokens, temperature, top_k, seed, run.tokenizer.end_of_text))

@@ -78,3 +78,19 @@ def test_an_impossible_prompt_is_refused() -> None:
     for prompt in ([], [3, 10], [-1]):
         with pytest.raises(InputError, match="vocabulary of 10"):
             generate(Counting(10, 3), prompt, 1, 0.0, 0, seed=0, stop=None)
+
+
+def test_any_temperature_is_a_sample_or_a_sentence() -> None:
+    for tiny in (1e-30, 1e-45, 1e-320):
+        for scores in (Counting(10, 3), Shifted(10, 3)):
+            assert generate(scores, [4, 5], 4, tiny, 0, seed=0, stop=None) == [6, 7, 8, 9]
+    for wrong in (float("nan"), -0.5):
+        with pytest.raises(InputError, match=f"a temperature of {wrong}"):
+            generate(Counting(10, 3), [4], 1, wrong, 0, seed=0, stop=None)
+
+
+class Shifted(Counting):
+    """Its scores are all above zero."""
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        return super().logits(inputs) + 100.0

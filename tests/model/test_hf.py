@@ -257,6 +257,21 @@ def test_an_export_never_replaces_something_else(tokenizer_folder: Path, tmp_pat
     with pytest.raises(InputError, match="no tokenizer"):
         export(model, config, tmp_path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match=r"thesis\.tex/out cannot be made \(.*thesis\.tex: .*\)"):
+        export(model, config, tokenizer_folder, tmp_path / "thesis.tex" / "out")
+
+
+def test_an_export_takes_the_place_of_an_empty_folder(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = nano()
+    for name in ("empty", "here"):
+        (tmp_path / name).mkdir()
+    export(model, config, tokenizer_folder, tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "here")
+    export(model, config, tokenizer_folder, Path())
+    assert all((tmp_path / name / "model.safetensors").is_file() for name in ("empty", "here"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "here"]
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,16 @@ def generate(
 
     `temperature` 0 takes the likeliest token; `top_k` 0 draws from the whole vocabulary. The model sees at most its
     last `sequence_length` tokens. Draws come from an own generator of `seed`, on the CPU, so they do not depend on
-    the device's generator nor disturb the global one. Raises InputError for an empty prompt or a token id that the
-    model does not have.
+    the device's generator nor disturb the global one. Raises InputError for an empty prompt, a token id that the
+    model does not have, or a temperature below 0.
     """
     if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
         raise InputError(
             f"a prompt needs at least one token, each below the model's vocabulary of {model.vocab_size}"
             f"{f': got {max(prompt)}' if prompt else ''}; is it the tokenizer the model was trained with?"
         )
+    if not temperature >= 0:  # also what is no number
+        raise InputError(f"a temperature of {temperature}: it is a number from 0, always the likeliest token, upwards")
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     was_training = model.training
@@ -47,9 +49,13 @@ def generate(
 
 
 def _draw(scores: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    likeliest = int(scores.argmax())
     if temperature == 0:
-        return int(scores.argmax())
+        return likeliest
     scores = scores / temperature
     if 0 < top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], float("-inf"))
-    return int(torch.multinomial(scores.softmax(0), 1, generator=generator))
+    odds = scores.softmax(0)
+    if odds.isnan().any():  # so near to 0 that the scores have left float32
+        return likeliest
+    return int(torch.multinomial(odds, 1, generator=generator))

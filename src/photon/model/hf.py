@@ -128,13 +128,17 @@ def export(model: LanguageModel, config: ModelConfig, tokenizer_folder: Path, ou
     """Write `model` and its tokenizer to `out`, a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     config.json, generation_config.json, model.safetensors (float32) and the tokenizer's files appear together or
-    not at all; an earlier export at `out` is replaced, anything else there raises InputError.
+    not at all; an earlier export at `out` and an empty folder are replaced, anything else there raises InputError.
     """
-    if out.exists() and not (out / "config.json").is_file():
+    if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is no exported model: choose another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()  # so that it has a name, as `.` has not
     pending = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    pending.mkdir()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pending.mkdir()
+    except OSError as error:
+        raise InputError(f"{out} cannot be made ({error.filename}: {error.strerror}): choose another place") from error
     try:
         tokens = _copy_tokenizer(tokenizer_folder, pending)
         if isinstance(model, HuggingFaceModel):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -59,8 +60,21 @@ def test_small_corpora_have_both_sides_and_no_leak_or_are_refused(texts: list[st
         total = sum(len(text) + 1 for text in texts)
         longest = max((len(text) + 1 for text in texts), default=0)
         assert total < 2 * need or longest < 2.5 * need + 2
+        ranked = sorted(set(texts), key=content_hash)
+        weights = [texts.count(text) * (len(text) + 1) for text in ranked]
+        assert not any(need <= held <= total - need for held in itertools.accumulate(weights))
         return
     check_split(result, need)
+
+
+def test_documents_of_hardly_a_sequence_each_are_divided_among_the_sides() -> None:
+    """More than half is held out where the longer one hashes lower, and neither could be cut."""
+    pairs = [(alphabet(kind, 16), alphabet(kind + 1, 12)) for kind in range(12)]
+    assert any(content_hash(longer) < content_hash(shorter) for longer, shorter in pairs)
+    for pair in pairs:
+        result = sides([*pair], 0.05, 10)
+        check_split(result, 10)
+        check_lowest_hashes(result)
 
 
 def test_documents_stay_in_order_and_none_is_lost() -> None:

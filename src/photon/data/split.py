@@ -78,18 +78,28 @@ def _small(
             "held-out; add text or lower data.sequence_length"
         )
     hashes = [content_hash(item.document.text) for item in items]
+    natural = fraction * _HASH_RANGE
     for wanted in (max(need, int(fraction * total)), need):
-        threshold = _nearest_threshold(items, hashes, fraction * _HASH_RANGE, (wanted, total // 2))
+        threshold = _nearest_threshold(items, hashes, natural, (wanted, total // 2))
+        if threshold is not None:
+            yield from ((item, key <= threshold) for item, key in zip(items, hashes, strict=True))
+            return
+    longest = max(range(len(items)), key=lambda i: (len(items[i].tokens), hashes[i]))
+    parts = _cut(items[longest], fraction, need, encode)
+    if parts is None:  # a few documents of hardly a sequence each: then more than half of them is held out
+        threshold = _nearest_threshold(items, hashes, natural, (need, total - need))
         if threshold is None:
-            continue
+            raise DataError(
+                f"{items[longest].document.origin}: its {len(items[longest].tokens)} tokens cannot be divided into "
+                f"training and held-out of {need} each; add text or lower data.sequence_length"
+            )
         yield from ((item, key <= threshold) for item, key in zip(items, hashes, strict=True))
         return
-    longest = max(range(len(items)), key=lambda i: (len(items[i].tokens), hashes[i]))
     for index, (item, key) in enumerate(zip(items, hashes, strict=True)):
         if index == longest:
-            yield from _cut(item, fraction, need, encode)
+            yield from zip(parts, (False, True), strict=True)
         elif key != hashes[longest]:  # a copy of the divided document would leak its tail into training
-            yield item, key < fraction * _HASH_RANGE
+            yield item, key < natural
 
 
 def _nearest_threshold(items: list[Encoded], hashes: list[int], natural: float, tokens: tuple[int, int]) -> int | None:
@@ -106,17 +116,11 @@ def _nearest_threshold(items: list[Encoded], hashes: list[int], natural: float, 
 
 def _cut(
     item: Encoded, fraction: float, need: int, encode: Callable[[Document], Encoded]
-) -> Iterator[tuple[Encoded, bool]]:
-    """The head of a document for training and its tail as held-out, cut at a character."""
+) -> tuple[Encoded, Encoded] | None:
+    """The head of a document for training and its tail as held-out, cut at a character; None if it is too short."""
     text, origin = item.document.text, item.document.origin
     # A quarter more than needed: tokens are not spread evenly over the characters.
     share = min(0.5, max(fraction, 1.25 * need / len(item.tokens)))
     at = round(len(text) * (1 - share))
     head, tail = encode(Document(text[:at], origin)), encode(Document(text[at:], origin))
-    if min(len(head.tokens), len(tail.tokens)) < need:
-        raise DataError(
-            f"{origin}: its {len(item.tokens)} tokens cannot be divided into training and held-out of {need} each; "
-            "add text or lower data.sequence_length"
-        )
-    yield head, False
-    yield tail, True
+    return None if min(len(head.tokens), len(tail.tokens)) < need else (head, tail)

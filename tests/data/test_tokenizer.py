@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,18 @@ def test_without_a_sample_the_tokens_are_bytes() -> None:
     plain = train_tokenizer({}, 4096)
     assert plain.vocab_size == 257
     assert len(plain.encode("naïve")) == len("naïve".encode())
+
+
+def test_a_vocabulary_beyond_the_text_costs_no_memory() -> None:
+    """The library makes room for as many tokens as it is asked for, and ends the process where it cannot."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32));"
+        "from photon.data.tokenizer import train_tokenizer;"
+        "print(train_tokenizer({'a': ['low lower lowest'] * 3}, 2**32 - 1).vocab_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == train_tokenizer({"a": ["low lower lowest"] * 3}, 1000).vocab_size
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:

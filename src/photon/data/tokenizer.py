@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +88,20 @@ def train_tokenizer(samples: Mapping[str, Iterable[str]], vocab_size: int) -> To
     """
     if vocab_size < 257:
         raise DataError(f"data.vocab_size = {vocab_size}: a byte-level vocabulary needs at least 257")
+    texts = [text for given in samples.values() for text in given]
+    # No more than that can come out, since each merge shortens the text; the library makes room for all it is asked.
+    most = 257 + sum(len(text.encode()) for text in texts)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=min(vocab_size, most),
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(_chain(samples), trainer)
+    inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner, END_OF_TEXT)
-
-
-def _chain(samples: Mapping[str, Iterable[str]]) -> Iterator[str]:
-    for texts in samples.values():
-        yield from texts
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,45 @@ def test_what_does_not_fit_is_refused(llama: str, tmp_path: Path) -> None:
     assert "neither a folder" in refusal(VOCAB, LENGTH, hf=str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert "causal language model" in refusal(30522, LENGTH, hf=str(tmp_path))
+
+
+def test_pretrained_weights_are_all_there_or_refused(llama: str, tmp_path: Path) -> None:
+    """transformers makes up what a checkpoint lacks, and training would go on from that."""
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def refused(match: str) -> None:
+        with pytest.raises(ConfigError, match=match):
+            build(str(folder), hf_weights="pretrained")
+        with pytest.raises(ConfigError, match=match):
+            decoder_from_hf(folder)
+
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    refused(r"no weights for model\.layers\.2\..* and 8 other tensors of its LlamaForCausalLM")
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "big"}))
+    refused("hidden_size")
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("cannot be loaded as a causal language model: SafetensorError")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("bert", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "is_decoder": True}),
+        ("opt", {"hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 4, "num_attention_heads": 2}),
+        ("gpt2", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+    ],
+)
+def test_nothing_is_dropped_in_training(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever an architecture calls its dropout: bert's is `hidden_dropout_prob`, opt drops layers too."""
+    more = {"layerdrop": 0.5} if model_type == "opt" else {}
+    model = build(checkpoint(tmp_path, model_type, vocab_size=320, **options, **more)).train()
+    with torch.no_grad():
+        losses = [float(model.loss(tokens(), tokens())) for _ in range(6)]
+    assert len(set(losses)) == 1
 
 
 def attention_calls(model: nn.Module) -> list[dict[str, Any]]:

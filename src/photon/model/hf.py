@@ -65,19 +65,8 @@ class HuggingFaceModel(LanguageModel):
         Fresh weights take the tokenizer's vocabulary and, where the model's positions end earlier, the run's
         sequence length. Raises ConfigError if there is no such model, or if pretrained weights fit neither.
         """
-        from transformers import AutoModelForCausalLM
-
         settings = _settings(source, weights, vocab_size, sequence_length)
-        try:
-            if weights == "pretrained":
-                network = AutoModelForCausalLM.from_pretrained(
-                    source, config=settings, dtype=torch.float32, trust_remote_code=False
-                )
-            else:
-                network = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"model.hf = {source!r} cannot be loaded as a causal language model: {error}") from error
-        return cls(network, sequence_length)
+        return cls((_pretrained if weights == "pretrained" else _fresh)(source, settings), sequence_length)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss if `targets` are given, else logits; one entry point, so that FSDP's and DDP's hooks see both."""
@@ -113,11 +102,9 @@ def count_hf_parameters(
     source: str, weights: Literal["scratch", "pretrained"], vocab_size: int, sequence_length: int
 ) -> tuple[int, int]:
     """(all, those outside the embeddings and the head) of the model at `source`, without allocating a weight."""
-    from transformers import AutoModelForCausalLM
-
     settings = _settings(source, weights, vocab_size, sequence_length)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(settings)
+        network = _fresh(source, settings)
     total = sum(p.numel() for p in network.parameters())
     outer = {id(p): p.numel() for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outer |= {id(p): p.numel() for p in network.get_output_embeddings().parameters()}
@@ -163,15 +150,13 @@ def decoder_from_hf(folder: Path) -> Decoder:
     Raises ConfigError, naming the setting or the tensor, when the checkpoint is not of a family of
     `photon.model.hf_families` or uses what our decoder does not have; `model.hf` still takes it then.
     """
-    from transformers import AutoModelForCausalLM
-
     settings = _auto_config(str(folder))
     config, vocab_size, sequence_length = _shape_of(settings, folder)
     family = check_exportable(config)
     norm_eps = float(getattr(settings, family.eps))
     wanted = family.settings(config, vocab_size, sequence_length, norm_eps)
     _require_equal(wanted, settings.to_dict(), f"{folder}/config.json")
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    network = _pretrained(str(folder), None)
     tensors = from_hf(family, config, network.state_dict())
     with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten: leave the caller's generator alone
         decoder = Decoder(config, vocab_size, sequence_length, norm_eps)
@@ -184,8 +169,39 @@ def _auto_config(source: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, where config.json says what cannot be
         raise ConfigError(f"{source!r} is neither a folder with a Hugging Face model nor a hub id: {error}") from error
+
+
+def _fresh(source: str, settings: Any) -> Any:
+    """A network of these settings; ConfigError if there can be none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    except Exception as error:  # whatever a number or a name in config.json leads to
+        raise _unloadable(source, error) from error
+
+
+def _pretrained(source: str, settings: Any | None) -> Any:
+    """The network at `source` with its weights; ConfigError if they cannot be read, or are not all there."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        network, report = AutoModelForCausalLM.from_pretrained(
+            source, config=settings, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # as above, and of a damaged file
+        raise _unloadable(source, error) from error
+    if missing := sorted(report["missing_keys"]):  # transformers would make them up, and say so in a log
+        lacks = f"no weights for {missing[0]} and {len(missing) - 1} other tensors of its {type(network).__name__}"
+        raise ConfigError(f"model.hf = {source!r} has {lacks}: is it complete, and a causal language model?")
+    return network
+
+
+def _unloadable(source: str, error: Exception) -> ConfigError:
+    said = f"{type(error).__name__}: {error}"  # of a KeyError the text is nothing but the key
+    return ConfigError(f"model.hf = {source!r} cannot be loaded as a causal language model: {said}")
 
 
 def _settings(source: str, weights: str, vocab_size: int, sequence_length: int) -> Any:
@@ -217,8 +233,8 @@ def _settings(source: str, weights: str, vocab_size: int, sequence_length: int) 
         settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
     # Pre-training sees each token about once: no dropout, and no state of a generator to carry between rounds.
     for key, value in settings.to_dict().items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, (int, float)):
-            setattr(settings, key, 0.0)
+        if ("dropout" in key or key.endswith(("pdrop", "layerdrop"))) and type(value) in (int, float):
+            setattr(settings, key, type(value)(0))
     return settings
 
 
@@ -297,8 +313,7 @@ def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    eos: int | None = tokenizer.eos_token_id
-    bos = tokenizer.bos_token_id
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     return {"bos_token_id": eos if bos is None else bos, "eos_token_id": eos, "pad_token_id": None}
 
 

@@ -174,6 +174,28 @@ def test_methods_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert tomllib.loads(text)["set"]["federation.outer"] == "nesterov"
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "photon: No space left on device; make room"),
+        (PermissionError(13, "Permission denied", "/runs/x"), "photon: /runs/x: Permission denied; make room"),
+    ],
+)
+def test_a_full_or_closed_disk_is_no_traceback(
+    error: OSError, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("photon.run.write_results", fail)
+    code, output = photon("report", tmp_path, capsys=capsys)
+    assert code == 1
+    assert said in output
+    error.errno = 2
+    with pytest.raises(OSError, match="Errno 2"):  # one of ours to mend, with its traceback
+        photon("report", tmp_path, capsys=capsys)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert photon("--version", capsys=capsys) == (0, f"{__version__}\n")
 

@@ -147,6 +147,27 @@ def test_a_crash_while_a_draft_is_taken_over_leaves_no_half_state(tmp_path: Path
     assert len(done) == 5  # the draft, its move, the other file, the manifest, the state's name
 
 
+@pytest.mark.parametrize("what", ["commit", "draft"])
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(what: str, tmp_path: Path) -> None:
+    """Attempt after attempt would else leave half a state, until there is no room for a whole one."""
+    states = NumberedStates(tmp_path)
+    states.commit(1, FILES, FIELDS)
+    write = durable._write_synced
+
+    def full(path: Path, chunks: Any) -> object:
+        write(path, [b"half"])
+        raise OSError(28, "No space left on device")
+
+    with (
+        mock.patch.object(durable, "_write_synced", full),
+        pytest.raises(StateError, match=r"cannot be written there \(No space left on device\)\. Make room"),
+    ):
+        states.commit(2, FILES, FIELDS) if what == "commit" else states.draft([b"model"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["000001"]
+    states.commit(2, FILES, FIELDS)
+    assert states.numbers() == [1, 2]
+
+
 def test_a_crash_in_write_atomic_leaves_the_old_content(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     write_atomic(path, "old")

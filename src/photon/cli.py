@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ app.add_typer(keys_app, name="keys")
 add_commands(app)
 add_plan(app)
 add_compare(app)
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Options to change.")]
@@ -227,9 +231,15 @@ def _is_path(word: str) -> bool:
 
 
 def main() -> None:
-    """Run the command; errors made for people are printed without a traceback."""
+    """Run the command; errors made for people, and those of the disk, are printed without a traceback."""
     try:
         app()
     except PhotonError as error:
         typer.echo(f"photon: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _FULL and not (error.errno in _CLOSED and error.filename):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"photon: {place}{error.strerror}; make room or mend the permissions, then try again", err=True)
+        sys.exit(PhotonError.exit_code)

@@ -149,21 +149,31 @@ class NumberedStates:
         return self.root / f"{_PENDING}{name}"
 
     def draft(self, chunks: Iterable[Chunk]) -> Draft:
-        """Write a file that is needed before the state that it will be part of; the next `prune` removes it."""
+        """Write a file that is needed before the state that it will be part of; the next `prune` removes it.
+
+        Raises StateError if the disk does not take it.
+        """
         folder = self.root / f"{_PENDING}draft-{secrets.token_hex(4)}"
-        folder.mkdir(parents=True)
-        return Draft(folder / "file", _write_synced(folder / "file", chunks))
+        with _whole_or_told(folder):
+            folder.mkdir(parents=True)
+            return Draft(folder / "file", _write_synced(folder / "file", chunks))
 
     def commit(
         self, number: int, files: Mapping[str, Iterable[Chunk] | Draft], fields: Mapping[str, Any]
     ) -> dict[str, str]:
         """Write state `number` (replacing one of that number), make it durable, and give the sha256 of each file.
 
-        A file is given in chunks, so that what is large need never be in memory in one piece, or as a draft.
+        A file is given in chunks, so that what is large need never be in memory in one piece, or as a draft. Raises
+        StateError if the disk does not take it: the states before are as they were.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         pending = self.root / f"{_PENDING}{number:0{_DIGITS}d}-{secrets.token_hex(4)}"
-        pending.mkdir()
+        with _whole_or_told(pending):
+            return self._commit(pending, number, files, fields)
+
+    def _commit(
+        self, pending: Path, number: int, files: Mapping[str, Iterable[Chunk] | Draft], fields: Mapping[str, Any]
+    ) -> dict[str, str]:
+        pending.mkdir(parents=True)
         entries = {}
         for name, chunks in files.items():
             if isinstance(chunks, Draft):
@@ -235,6 +245,19 @@ def kept_numbers(numbers: Iterable[int], keep_last: int, keep_every: int) -> set
     """The retention rule: the newest `keep_last`, and every `keep_every`-th (0 = none)."""
     ordered = sorted(numbers)
     return set(ordered[-keep_last:]) | {number for number in ordered if keep_every and number % keep_every == 0}
+
+
+@contextmanager
+def _whole_or_told(pending: Path) -> Iterator[None]:
+    """Tells a failure of the disk as a StateError, and removes `pending`: what is left would fill the disk further."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(pending, ignore_errors=True)
+        raise StateError(
+            f"{pending.parent}: a state cannot be written there ({error.strerror or error}). "
+            "Make room or mend the permissions, and go on: the states before are safe."
+        ) from error
 
 
 def _write_synced(path: Path, chunks: Iterable[Chunk]) -> _FileEntry:

@@ -158,7 +158,9 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Text to score instead of the silos' held-out documents; repeatable.")
     ] = None,
-    sequences: Annotated[int | None, typer.Option(help="Sequences per silo; default: the recipe's.", min=1)] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="Sequences of each source of a silo; default: the recipe's.", min=1)
+    ] = None,
     round_index: RoundOption = None,
 ) -> None:
     """Held-out loss, perplexity and bits per byte of a run's newest model."""

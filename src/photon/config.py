@@ -248,7 +248,7 @@ class EvaluationConfig(Section):
     """Held-out loss of the global model, computed by each owner on its own held-out documents."""
 
     every: Positive = Field(1, description="Rounds between evaluations (the first and last always happen).")
-    sequences: Positive = Field(64, description="Held-out sequences per silo, evenly spaced.")
+    sequences: Positive = Field(64, description="Held-out sequences of each source of a silo, evenly spaced.")
     batch_size: Positive = Field(8, description="Sequences per forward pass.")
     prompt: str = Field("def ", description="Prompt of the text sample before and after training.")
     sample_tokens: int = Field(96, ge=0, description="Tokens of that sample; 0 = none.")

@@ -14,6 +14,7 @@ import torch
 from tests.faults.federations import OWNERS, run, write_recipe
 
 from photon.aggregator.state import RoundStore
+from photon.errors import InputError
 from photon.evaluate import continue_text, evaluate_run, export_run
 from photon.events import Evaluated, RoundDone, Sampled
 from photon.recipe import load_recipe
@@ -163,6 +164,19 @@ def test_an_earlier_round_is_there_too(finished: RunFolder, tmp_path: Path) -> N
     code, output = run("export", folder.path, tmp_path / "model", "--round", rounds[-2])
     assert code == 0, output
     assert (tmp_path / "model" / "config.json").is_file()
+
+
+def test_scores_stand_beside_the_pattern_that_was_given(finished: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ada 4 of 3 things; bob 7 of 2 things; " * 9)
+    pattern = f"{tmp_path}/[a-z].txt"
+    code, output = run("evaluate", finished.path, "--data", pattern)
+    assert code == 0, output
+    assert pattern in "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
+
+
+def test_a_prompt_that_is_no_text_is_refused(finished: RunFolder) -> None:
+    with pytest.raises(InputError, match="character 3 of the prompt is not UTF-8"):
+        continue_text(finished, "hi\udcff", 4, 1.0, 0, 0)
 
 
 def test_generation_follows_its_seed(finished: RunFolder) -> None:

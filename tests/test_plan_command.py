@@ -104,6 +104,14 @@ def test_a_plan_says_everything() -> None:
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("federation.tau=2", " 60 steps"), ("federation.tau=16", " 480 steps"), ("--compute-ratio 2.75", " 174.55 steps")],
+)
+def test_whole_steps_of_per_step_training_are_whole_numbers(words: str, told: str) -> None:
+    assert f"training in{told}" in output(f"demo {words}")
+
+
 def test_a_model_that_devices_share_is_said_to_fit() -> None:
     """128 GB beside `a device has 85.9 GB` would read as if they did not."""
     assert "DOES NOT FIT: a device has 85.9 GB" in output("paper-7b --device h100")

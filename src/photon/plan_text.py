@@ -123,7 +123,8 @@ def verdict_rows(plan: Plan) -> list[Row]:
     """Time, the comparison with per-step training, what would change it, and money."""
     base, way = plan.baseline, _TOPOLOGY_WORDS[plan.topology]
     split = f"{time_text(plan.train_s)} training, {time_text(plan.exchange_s)} transfer"
-    base_split = f"{time_text(base.compute_s)} training in {significant(base.steps, 5).removesuffix('.00')} steps"
+    steps = f"{base.steps:.0f}" if float(base.steps).is_integer() else significant(base.steps, 5)
+    base_split = f"{time_text(base.compute_s)} training in {steps} steps"
     rows = [
         Row("the run", time_text(plan.total_s), split),
         Row(

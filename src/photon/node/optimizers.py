@@ -20,7 +20,9 @@ from photon.parts.optimizer import LocalOptimizer
 
 # Last part of a module's name that marks an output head, for models that do not tell (`get_output_embeddings`).
 _HEAD_NAMES = frozenset({"lm_head", "head", "output_head", "embed_out", "unembedding"})
-_BELONGS = "it belongs to another model or optimizer; restore the recipe it came from, or reset the optimizer state"
+_BELONGS = (
+    'it belongs to another model or optimizer; restore the recipe it came from, or set node.optimizer_state = "reset"'
+)
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:

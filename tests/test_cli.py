@@ -147,7 +147,10 @@ def test_a_run_folder_that_holds_something_is_refused(tmp_path: Path, capsys: py
     (tmp_path / "thesis.txt").write_text("years of work")
     code, output = photon("train", "demo", "--run", tmp_path, capsys=capsys)
     assert code == 2
-    assert "is not empty" in output
+    assert "is not empty: choose another --run; it holds no run that could be resumed" in " ".join(output.split())
+    (tmp_path / "run.json").write_text("{}")
+    _, output = photon("train", "demo", "--run", tmp_path, capsys=capsys)
+    assert f"or go on with --resume {tmp_path}" in " ".join(output.split())
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     for place in (tmp_path / "thesis.txt", tmp_path / "thesis.txt" / "run"):
         code, output = photon("train", "demo", "--run", place, capsys=capsys)

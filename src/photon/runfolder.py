@@ -150,7 +150,9 @@ def new_run_folder(recipe_name: str, given: Path | None) -> RunFolder:
         except OSError as error:
             raise InputError(f"{given} cannot be a run's folder: {error.strerror}; choose another --run") from None
         if not is_empty:
-            raise InputError(f"{given} is not empty: choose another --run, or go on with --resume {given}")
+            has_begun = (given / "run.json").exists()
+            instead = f", or go on with --resume {given}" if has_begun else "; it holds no run that could be resumed"
+            raise InputError(f"{given} is not empty: choose another --run{instead}")
         return RunFolder(given)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{n}" for n in range(2, 1000))):

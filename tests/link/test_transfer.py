@@ -129,6 +129,33 @@ def test_an_upload_over_a_connection_that_breaks_goes_on_where_it_was(site: Site
         assert proxy.bytes_up < len(data) + 4 * MIB
 
 
+@pytest.mark.parametrize("going", ["up", "down"])
+def test_a_part_that_is_whole_is_not_asked_for_again_because_the_last_answer_was_lost(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, going: str
+) -> None:
+    """Nothing is missing of it, and a request for no bytes is one that the other end refuses."""
+    data, kind = some_bytes(3 * MIB, seed=11), transfer._Upload if going == "up" else transfer._Download
+    move, lost = kind.move, list[int]()
+
+    def breaks_at_the_end(self: transfer._Upload, lines: transfer._Lines, location: Location, index: int) -> None:
+        move(self, lines, location, index)
+        if not lost:
+            lost.append(index)
+            raise LinkDownError("the connection was reset")
+
+    monkeypatch.setattr(kind, "move", breaks_at_the_end)
+    if going == "up":
+        (tmp_path / "blob").write_bytes(data)
+        allow(site, "ada", len(data))
+        sent = upload(site.client(), sha256(data), whole_file(tmp_path / "blob"), streams=1, deadline_s=DEADLINE_S)
+        assert site.store.fetch("ada", sha256(data), len(data)).path.read_bytes() == data
+    else:
+        site.store.publish(sha256(data), data)
+        sent = download(site.client(), sha256(data), tmp_path / "blob", streams=1, deadline_s=DEADLINE_S)
+        assert (tmp_path / "blob").read_bytes() == data
+    assert (len(lost), sent) == (1, len(data))
+
+
 def test_a_transfer_that_does_not_end_is_given_up_at_the_deadline(site: Site, tmp_path: Path) -> None:
     data = some_bytes(2 * MIB, seed=8)
     site.store.publish(sha256(data), data)

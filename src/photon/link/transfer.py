@@ -230,7 +230,10 @@ class _Transfer(ABC):
                 if self._stop.is_set() or time.monotonic() >= self._deadline:
                     raise
                 location = self.locate()
-                if self.done(location)[index] <= before:
+                have, part = self.done(location)[index], location.parts[index]
+                if have == part.end - part.begin:
+                    return location  # it was whole there; what broke was the answer
+                if have <= before:
                     raise
             else:
                 return location

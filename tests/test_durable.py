@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -298,3 +299,12 @@ def test_the_retention_rule(numbers: set[int], keep_last: int, keep_every: int) 
         if sum(other > number for other in numbers) < keep_last or (keep_every > 0 and number % keep_every == 0)
     }
     assert kept_numbers(numbers, keep_last, keep_every) == expected
+
+
+def test_what_one_may_not_see_is_not_taken_for_absent(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert stat.S_ISREG(durable.mode_of(tmp_path / "file"))
+    assert stat.S_ISDIR(durable.mode_of(tmp_path))
+    assert durable.mode_of(tmp_path / "nothing") == durable.mode_of(tmp_path / "file" / "below") == 0
+    with mock.patch.object(Path, "stat", side_effect=PermissionError(13, "denied")), pytest.raises(PermissionError):
+        durable.mode_of(tmp_path / "file")

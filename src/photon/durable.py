@@ -49,6 +49,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def mode_of(path: Path) -> int:
+    """Kind and permissions of what is at `path`, for the `stat` module; 0 if nothing is.
+
+    Raises OSError where that cannot be seen: `Path.is_file` of some versions takes it for absence.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
 @contextmanager
 def only_process(path: Path, refusal: str) -> Iterator[None]:
     """Hold the lock file `path` for this process; it ends with the process. Raises InputError if another does."""

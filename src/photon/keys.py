@@ -20,6 +20,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from photon import certificates
 from photon.certificates import AnyRole, Pair, checked_name, load_bundle, read_file, write_private
 from photon.config import Name
+from photon.durable import mode_of
 from photon.errors import InputError, StateError
 from photon.identity import AGGREGATOR_FILE, REVOKED_FILE, Revocations
 
@@ -242,9 +243,7 @@ def _lines(path: Path) -> bytes:
 def _check_folder(folder: Path, file: Path) -> None:
     """Raises InputError unless the folder has this file, which every folder of keys has."""
     try:
-        is_there = stat.S_ISREG(file.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_there = False
+        is_there = stat.S_ISREG(mode_of(file))
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}; it is its owner's alone.") from None
     if not is_there:

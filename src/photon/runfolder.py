@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from photon import __version__
-from photon.durable import only_process, write_atomic
+from photon.durable import mode_of, only_process, write_atomic
 from photon.errors import InputError, StateError
 
 
@@ -108,13 +108,11 @@ class RunFolder:
         """The run's identity. Raises InputError if the folder is no run, StateError if it is damaged."""
         path = self.path / "run.json"
         try:
-            if not all(stat.S_ISREG(file.stat().st_mode) for file in (path, self.recipe)):
-                raise FileNotFoundError
+            if not all(stat.S_ISREG(mode_of(file)) for file in (path, self.recipe)):
+                raise InputError(
+                    f"{self.path} is not a run: it has no run.json and recipe.toml (`photon train` makes runs)"
+                )
             return Identity.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(
-                f"{self.path} is not a run: it has no run.json and recipe.toml (`photon train` makes runs)"
-            ) from None
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror}; is the run another user's?") from None
         except ValidationError as error:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from photon.aggregator.trust import READMIT
-from photon.durable import write_atomic
+from photon.durable import mode_of, write_atomic
 from photon.errors import InputError, StateError, WireError
 from photon.identity import client_context
 from photon.link.client import GatewayClient, LinkDownError
@@ -70,9 +70,7 @@ def _ask_gateway(url: str, bundle: Path | None) -> dict[str, Any]:
 def _read_folder(target: str) -> dict[str, Any]:
     folder = RunFolder(Path(target))
     try:
-        is_folder = stat.S_ISDIR(folder.path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_folder = False
+        is_folder = stat.S_ISDIR(mode_of(folder.path))
     except OSError as error:
         raise InputError(f"{target} cannot be read: {error.strerror}; is the run another user's?") from None
     if not is_folder:

@@ -302,13 +302,13 @@ def simulate_transfers(
 
 
 def simulate_round(
-    nodes: int, node_bytes: RoundBytes, model_bytes: int, machine: MachineSpeed, link: LinkSpeed
+    nodes: int, node_bytes: RoundBytes, model_bytes: int, state_bytes: int, machine: MachineSpeed, link: LinkSpeed
 ) -> float:
     everyone = dict.fromkeys(range(nodes), float(node_bytes.down_bytes))
     received = simulate_transfers(everyone, link.node_down_bits_per_s, link.aggregator_bits_per_s)
     ready: list[float] = []
     for began in received.values():
-        when = began + model_bytes / machine.decode_bytes_per_s  # SGD without momentum keeps no state
+        when = began + (model_bytes + state_bytes) / machine.decode_bytes_per_s
         when += 3 * 100 / machine.evaluation_tokens_per_s  # six sequences every other round
         for _ in range(10):
             when += 2 * 100 / machine.tokens_per_s
@@ -317,7 +317,8 @@ def simulate_round(
     assert max(ready) - min(ready) < 1e-6
     uploads = dict.fromkeys(range(nodes), float(node_bytes.up_bytes))
     arrivals = simulate_transfers(uploads, link.node_up_bits_per_s, link.aggregator_bits_per_s)
-    queue = [max(ready) + wait for wait in arrivals.values()]
+    saved = state_bytes / machine.disk_bytes_per_s  # beside the way up; a node replies when both are done
+    queue = [max(ready) + max(wait, saved) for wait in arrivals.values()]
     heapq.heapify(queue)
     free = 0.0
     while queue:
@@ -325,17 +326,27 @@ def simulate_round(
     return free + model_bytes / machine.outer_bytes_per_s + model_bytes / machine.disk_bytes_per_s + machine.control_s
 
 
-def check_against_simulation(nodes: int, up: float, down: float, shared: float) -> None:
+def check_against_simulation(nodes: int, up: float, down: float, shared: float, momentum: float = 0.9) -> None:
     machine = MachineSpeed(1e4, 3e4, 1e9, 2e9, 5e8, 4e8, 7e8, control_s=0.5)
     link, node_bytes = LinkSpeed(up, down, shared), RoundBytes(4 * 10**6, 10**6, 4 * 10**6)
-    predicted = predict_round(recipe_of(nodes), 10**6, node_bytes, machine, link).round_s
-    assert predicted == pytest.approx(simulate_round(nodes, node_bytes, 4 * 10**6, machine, link), rel=1e-6)
+    recipe = recipe_of(nodes)
+    recipe = recipe.model_copy(update={"node": recipe.node.model_copy(update={"momentum": momentum})})
+    state_bytes = 4 * 10**6 if momentum else 0
+    predicted = planner.predict_round(recipe, 10**6, node_bytes, machine, link).round_s
+    simulated = simulate_round(nodes, node_bytes, 4 * 10**6, state_bytes, machine, link)
+    assert predicted == pytest.approx(simulated, rel=1e-6)
 
 
 @settings(deadline=None)
-@given(st.integers(1, 30), st.floats(1e6, 1e9), st.floats(1e6, 1e9), st.floats(1e6, 1e10))
-def test_a_simulated_round_takes_as_long(nodes: int, up: float, down: float, shared: float) -> None:
-    check_against_simulation(nodes, up, down, shared)
+@given(
+    st.integers(1, 30),
+    st.floats(1e6, 1e10),
+    st.floats(1e6, 1e9),
+    st.floats(1e6, 1e11),
+    st.sampled_from([0.0, 0.9]),
+)
+def test_a_simulated_round_takes_as_long(nodes: int, up: float, down: float, shared: float, momentum: float) -> None:
+    check_against_simulation(nodes, up, down, shared, momentum)
 
 
 # Wrong versions
@@ -357,6 +368,12 @@ def exchange_in_every_step(*arguments: Any) -> RoundPrediction:
     return replace(right, phases_s=scaled)
 
 
+def sent_after_saving(*arguments: Any) -> RoundPrediction:
+    right = predict_round(*arguments)
+    hidden = 4 * 10**6 / arguments[3].disk_bytes_per_s  # of a million parameters with momentum
+    return replace(right, phases_s={**right.phases_s, "upload": right.phases_s["upload"] + hidden})
+
+
 def ring_without_halves(topology: str, payload: float, nodes: int, bits_per_s: float, round_trip_s: float) -> float:
     return payload * (nodes - 1) * 8 / (nodes * bits_per_s)
 
@@ -370,6 +387,9 @@ MUTANTS: dict[str, tuple[Any, str, Callable[..., object], Callable[[], None]]] =
     ),
     "tau exchanges a round": (
         plan_answer, "predict_round", exchange_in_every_step, lambda: check_paper("paper-7b"),
+    ),
+    "an update that is sent after saving": (
+        planner, "predict_round", sent_after_saving, lambda: check_against_simulation(8, 1e8, 1e8, 1e9),
     ),
     "a ring that only reduces": (planner, "collective_s", ring_without_halves, lambda: check_paper("paper-7b")),
 }  # fmt: skip

@@ -29,7 +29,7 @@ _PHASE_WORDS = {
     "train": "node: train",
     "encode": "node: encode the update",
     "save": "node: own state to disk",
-    "upload": "upload of the updates",
+    "upload": "upload of the updates, past saving",
     "merge": "Aggregator: verify, merge",
     "outer": "Aggregator: outer step",
     "commit": "Aggregator: commit to disk",

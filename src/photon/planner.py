@@ -15,9 +15,9 @@ Three slips of the notebook are not copied:
 2. Its zeta is commented as 5 TFLOP/s, set to 5e9, and divides megabytes. Here it is bytes of float32 model per second.
 3. Its S is 2 bytes per parameter. Here S is what the link's codecs really write, and may differ up and down.
 
-Links are full duplex: what a node sends does not slow down what it receives. Nothing overlaps: a node does not train
-while it receives or sends. All nodes are alike, so they finish together and share the Aggregator's link evenly; where
-nodes differ in their steps, the one with most work is waited for.
+Links are full duplex: what a node sends does not slow down what it receives. A node does not train while it receives or
+sends; it sends its update while it saves its own state, and nothing else overlaps. All nodes are alike, so they finish
+together and share the Aggregator's link evenly; where they differ in steps, the one with most work is waited for.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def predict_round(
         phases["download"] = transfer_s(
             _slowest_down_bytes(recipe, node_bytes), down, link.round_trip_s, link.handshakes
         )
-        phases["upload"] = transfer_s(node_bytes.up_bytes, up, link.round_trip_s, link.handshakes)
+        upload_s = transfer_s(node_bytes.up_bytes, up, link.round_trip_s, link.handshakes)
+        # An update is on its way while the node saves its own state; what is left of it is waited for.
+        phases["upload"] = max(0.0, upload_s - waves * state_bytes / machine.disk_bytes_per_s)
     else:
         phases["upload"] = collective_s(topology, node_bytes.up_bytes, nodes, link.node_bits_per_s, link.round_trip_s)
     phases["decode"] = waves * (shared_bytes + state_bytes) / machine.decode_bytes_per_s

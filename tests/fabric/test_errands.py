@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from tests.fabric.gateways import sha256
 
 from photon.errors import WireError
-from photon.fabric import errands
+from photon.fabric import errands, sending
 from photon.fabric.errands import Errands, Standing
 from photon.fabric.home import NodeHome, PreparedRun
-from photon.fabric.process import WorkerProcess
+from photon.fabric.process import Replied, Signal, WorkerProcess, Written
+from photon.link.body import FileBody, whole_file
 from photon.link.client import GatewayClient, LinkDownError
 from photon.link.update import EMPTY_SHA256, Reply, Sealed, Task, decode_message, expect_reply, expect_task, seal
 
@@ -286,6 +288,87 @@ def test_a_trainer_that_hangs_is_ended_when_its_work_is_not_wanted_any_more(
         until(lambda: here.workers[0].is_killed)
         here.offer(head(task("n2", number=4)), 0)
         until(lambda: len(here.workers) == 2 and here.workers[1].given == ["n2"])
+
+
+class Saving:
+    """A trainer that saves its own state for as long as its update has not arrived; `update` is where that lies."""
+
+    is_ready, died_idle = True, False
+
+    def __init__(self, put: Callable[[Signal], None], updates: list[Path], arrived: Event) -> None:
+        self._put, self._updates, self._arrived = put, updates, arrived
+
+    def give(self, message: Sealed) -> None:
+        Thread(target=self._answer, args=(expect_task(decode_message(message)),), daemon=True).start()
+
+    def _answer(self, of: Task) -> None:
+        body = whole_file(self._updates[-1])
+        for update in self._updates:
+            self._put(Written(whole_file(update), sha256(update.read_bytes())))
+        if self._arrived.wait(DEADLINE_S):
+            answer = expect_reply(decode_message(ok(of)))
+            named = answer.model_copy(update={"body_sha256": sha256(self._updates[-1].read_bytes())})
+            self._put(Replied(Sealed(seal(named).head, body), is_last=False))
+
+    def ask_to_drop(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class SavingDesk(Desk):
+    """Errands with a trainer that saves, and a network on which everything arrives."""
+
+    updates: list[Path]
+
+    def _start_worker(self) -> WorkerProcess:
+        self.arrived = Event()
+        worker = cast(
+            WorkerProcess, Saving(lambda signal: self._signals.put((worker, signal)), self.updates, self.arrived)
+        )
+        self._worker = worker
+        return worker
+
+    def _do(self, job: errands._Job) -> Sealed:
+        return Errands._do(self, job)
+
+    def _base(self, job: errands._Job) -> bytes:
+        return b""
+
+
+@pytest.mark.parametrize("written", [["one"], ["other", "one"]], ids=["once", "and other bytes before"])
+def test_an_update_travels_while_the_node_saves_its_own_state(
+    written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This trainer would save for ever if its update were sent after it."""
+    sent: list[str] = []
+    places: list[SavingDesk] = []
+
+    def upload(client: object, name: str, body: FileBody, *, streams: int, deadline_s: float, on_bytes: Any) -> None:
+        on_bytes(len(body))
+        assert sha256(body.path.read_bytes()) == name
+        assert places[0].wait("sending", "n1").head == b""  # nothing counts yet
+        sent.append(body.path.name)
+        if body.path.name == "one":
+            places[0].arrived.set()
+
+    monkeypatch.setattr(sending, "upload", upload)
+    SavingDesk.updates = [tmp_path / name for name in written]
+    for update in SavingDesk.updates:
+        update.write_text(update.name)
+    with desk(tmp_path / "home", ok, SavingDesk) as here:
+        assert isinstance(here, SavingDesk)
+        places.append(here)
+        here.offer(head(task("n1")), 0)
+        done = here.wait("done", "n1")
+    assert reply_of(done).body_sha256 == sha256(b"one")
+    assert done.body_bytes == 3
+    assert sent[-1] == "one"
+    assert sent.count("one") == 1
 
 
 def until(done: Callable[[], bool]) -> None:

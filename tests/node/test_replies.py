@@ -238,6 +238,22 @@ def test_a_reply_is_what_training_would_give(tmp_path: Path) -> None:
     assert keeps.position(3) == forgets.position(3) == 18
 
 
+def test_the_update_is_told_once_it_is_durable_and_before_the_state_is(tmp_path: Path) -> None:
+    one = Counted(tmp_path, node={"optimizer": "adamw"})
+    told: list[tuple[bytes, str, int]] = []
+
+    def on_update(body: FileBody, sha256: str) -> None:
+        told.append((bytes(body.read(0, len(body))), sha256, one.position(1)))
+
+    answer = one.node.handle(encode_message(task(), BASE), lambda progress: None, on_update)
+    reply = decode_message(answer).header
+    assert isinstance(reply, Reply)
+    [(data, sha256, position)] = told
+    assert sha256 == sha256_hex(data) == reply.body_sha256
+    assert position == 0  # of the state that the node began from: the new one is not there yet
+    assert one.position(1) == 6
+
+
 @pytest.mark.parametrize(
     ("body", "changes"),
     [(OTHER_BASE, {}), (BASE, {"tau": 2}), (BASE, {"sequential_step": 3}), (BASE, {"evaluate": True})],

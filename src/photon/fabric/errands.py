@@ -3,7 +3,8 @@
 The Aggregator asks for a task again and again; the same one changes nothing. The same work under another nonce (the
 Aggregator was started anew) is not begun again while it goes on: its reply will carry the new nonce. Work that was done
 is handed in again, untrained and uploaded if need be; work that failed is tried again. Other work ends what goes on.
-The trainer is a worker process that stays: model, compiled graph and optimizer are warm when the next task comes.
+The trainer is a worker process that stays: model, compiled graph and optimizer are warm when the next task comes. Its
+update is on its way while it still saves its own state.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from photon.errors import WireError
 from photon.events import NodeProgress
 from photon.fabric.discretion import public_reason, say, without_secrets
 from photon.fabric.home import NodeHome, PreparedRun
-from photon.fabric.local import WORKER
-from photon.fabric.process import Ended, Signal, TrainingDiedError, WorkerProcess
+from photon.fabric.local import WORKER, worker_command
+from photon.fabric.process import Ended, Signal, TrainingDiedError, WorkerProcess, Written
+from photon.fabric.sending import Sending
 from photon.link.body import Body, FileBody, whole_file
 from photon.link.client import GatewayClient
-from photon.link.transfer import download, upload
+from photon.link.transfer import download
 from photon.link.update import (
     MAX_HEADER_BYTES,
     Reply,
@@ -100,7 +102,7 @@ class Errands:
         self._signals: SimpleQueue[tuple[WorkerProcess, Signal]] = SimpleQueue()
         self._worker: WorkerProcess | None = None
         self._is_training = False
-        self._closing = False
+        self._closing, self._sending = False, Sending(client, streams)
         self._thread = Thread(target=self._loop, name="photon-errands", daemon=True)
         self._thread.start()
 
@@ -175,8 +177,6 @@ class Errands:
         if self._is_training and self._worker is not None:
             self._worker.ask_to_drop()
 
-    # The thread.
-
     def _loop(self) -> None:
         with suppress(OSError):  # the task at hand will meet it again, and say so
             self._start_worker()
@@ -204,20 +204,22 @@ class Errands:
         base = self._base(job)
         # When training must end: the way up takes about as long as the way down.
         end = job.received + job.task.deadline_s - 1.5 * (time.monotonic() - began)
-        reply = self._train(job, base, end)
-        self._check(job)
-        if isinstance(reply.body, FileBody) and len(reply.body):
-            self._show(job, phase="sending")
-            header = expect_reply(decode_message(Sealed(reply.head, b"")))
-            upload(
-                self._client,
-                header.body_sha256,
-                reply.body,
-                streams=self._streams,
-                deadline_s=job.task.deadline_s + _UPLOAD_SLACK_S,
-                on_bytes=lambda count: self._crossed(job, count),
-            )
-        return reply
+        try:
+            reply = self._train(job, base, end)
+            self._check(job)
+            if isinstance(reply.body, FileBody) and len(reply.body):
+                header = expect_reply(decode_message(Sealed(reply.head, b"")))
+                self._begin_sending(job, Written(reply.body, header.body_sha256))
+                self._sending.finish(lambda: self._check(job))
+            return reply
+        finally:
+            self._sending.leave()
+
+    def _begin_sending(self, job: _Job, update: Written) -> None:
+        """Send an update, be it that the node has not committed yet; if it is being sent, nothing changes."""
+        self._show(job, phase="sending")
+        deadline_s = job.task.deadline_s + _UPLOAD_SLACK_S
+        self._sending.begin(update.sha256, update.body, deadline_s, lambda count: self._crossed(job, count))
 
     def _base(self, job: _Job) -> Body:
         """What tells the base, in a file, downloaded unless it is here; those of other rounds are removed."""
@@ -300,12 +302,14 @@ class Errands:
                 continue  # the last words of one that was ended
             if isinstance(signal, NodeProgress):
                 self._progress(job, signal)
-                continue
-            if isinstance(signal, Ended):
+            elif isinstance(signal, Written):
+                self._begin_sending(job, signal)
+            elif isinstance(signal, Ended):
                 self._bury(signal)
-            if signal.is_last:
-                self._end_worker()
-            return without_secrets(signal.message)
+            else:
+                if signal.is_last:
+                    self._end_worker()
+                return without_secrets(signal.message)
 
     def _bury(self, ended: Ended) -> NoReturn:
         self._end_worker()
@@ -374,12 +378,10 @@ class Errands:
 
     def _start_worker(self) -> WorkerProcess:
         self._end_worker()
-        prepared = self._prepared
-        prepared.folder.logs.mkdir(parents=True, exist_ok=True)
-        arguments = {"run": prepared.folder.path, "device": prepared.plan.device, "threads": prepared.plan.threads}
-        command = [*WORKER, *(part for key, value in arguments.items() for part in (f"--{key}", str(value)))]
-        environment = worker_environment(prepared.plan, os.environ)
-        with (prepared.folder.logs / "trainer.log").open("ab") as log:
+        folder, plan = self._prepared.folder, self._prepared.plan
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        command, environment = worker_command(WORKER, folder.path, plan), worker_environment(plan, os.environ)
+        with (folder.logs / "trainer.log").open("ab") as log:
             worker = WorkerProcess(command, environment, log, MAX_HEADER_BYTES * 2, self._signals)
         with self._changed:
             self._worker = worker

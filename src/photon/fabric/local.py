@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from photon.errors import FabricError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
-from photon.fabric.process import Ended, Signal, WorkerProcess
+from photon.fabric.process import Ended, Signal, WorkerProcess, Written
 from photon.link.update import Sealed
 from photon.node.device import WorkerPlan, worker_environment
 
@@ -147,8 +147,7 @@ class LocalFabric:
             worker.wait()
 
     def _start(self, place: _Place) -> WorkerProcess:
-        arguments = {"run": self.run_folder, "device": place.plan.device, "threads": place.plan.threads}
-        command = [*self.worker, *(part for key, value in arguments.items() for part in (f"--{key}", str(value)))]
+        command = worker_command(self.worker, self.run_folder, place.plan)
         environment = worker_environment(place.plan, os.environ)
         try:
             with place.log.open("ab") as output:
@@ -188,6 +187,8 @@ class LocalFabric:
         """Act on what a worker said."""
         if isinstance(signal, NodeProgress):
             return signal
+        if isinstance(signal, Written):
+            return None  # of use to who sends it over a network
         if isinstance(signal, Ended):
             return self._died(place, signal.reason)
         job, place.job = place.job, None
@@ -218,6 +219,11 @@ class LocalFabric:
             place.failed_starts += 1
         place.last_death = ", ".join(part for part in (reason, status, _tail(place.log)) if part)
         return worker.is_ready
+
+
+def worker_command(worker: Sequence[str], run: Path, plan: WorkerPlan) -> list[str]:
+    """What starts a worker process on the run folder `run`."""
+    return [*worker, "--run", str(run), "--device", plan.device, "--threads", str(plan.threads)]
 
 
 def _tail(log: Path) -> str:

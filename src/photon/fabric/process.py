@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO
+from typing import IO, Any
 
 from photon.errors import PhotonError
 from photon.events import NodeProgress
@@ -26,7 +26,7 @@ from photon.link.body import FileBody
 from photon.link.update import Sealed, Serialised
 
 # What a frame from a worker begins with. A serialised reply follows REPLY and LAST.
-READY, PROGRESS, REPLY, LAST = b"S", b"P", b"R", b"L"
+READY, PROGRESS, WRITTEN, REPLY, LAST = b"S", b"P", b"W", b"R", b"L"
 # A message whose body lies in a file crosses as two frames: where the body is, and the head.
 _IN_FILE = b"F"
 _CONTROL_BYTES = 2**16
@@ -35,6 +35,14 @@ _END_S = 5.0  # a killed process is gone at once, unless the kernel holds it
 
 class TrainingDiedError(PhotonError):
     """The process that trains ended by itself."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The update of the reply that will follow lies in a file; `sha256` is that of its bytes."""
+
+    body: FileBody
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,13 @@ class Ended:
     reason: str
 
 
-Signal = NodeProgress | Replied | Ended
+Signal = NodeProgress | Written | Replied | Ended
 
 
 def send_message(connection: Connection, message: Sealed) -> None:
     """Send a message; a body that lies in a file stays there, and the other end is told where."""
     if isinstance(message.body, FileBody):
-        place = {"path": str(message.body.path), "offset": message.body.offset, "size": message.body.size}
-        connection.send_bytes(_IN_FILE + json.dumps(place).encode())
+        connection.send_bytes(_IN_FILE + json.dumps(_place(message.body)).encode())
         connection.send_bytes(message.head)
     else:
         connection.send_bytes(message.joined())  # one copy per worker, not per node
@@ -70,8 +77,20 @@ def receive_message(connection: Connection, max_bytes: int | None = None) -> Ser
     frame = connection.recv_bytes(max_bytes)
     if frame[:1] != _IN_FILE:
         return frame
-    place = json.loads(frame[1:])
-    return Sealed(connection.recv_bytes(max_bytes), FileBody(Path(place["path"]), place["offset"], place["size"]))
+    return Sealed(connection.recv_bytes(max_bytes), _body(json.loads(frame[1:])))
+
+
+def send_written(connection: Connection, body: FileBody, sha256: str) -> None:
+    """Say where the update of the coming reply lies, before the reply."""
+    connection.send_bytes(WRITTEN + json.dumps({**_place(body), "sha256": sha256}).encode())
+
+
+def _place(body: FileBody) -> dict[str, Any]:
+    return {"path": str(body.path), "offset": body.offset, "size": body.size}
+
+
+def _body(place: Mapping[str, Any]) -> FileBody:
+    return FileBody(Path(place["path"]), place["offset"], place["size"])
 
 
 class WorkerProcess:
@@ -168,6 +187,10 @@ class WorkerProcess:
             frame = self._connection.recv_bytes(_CONTROL_BYTES)
             if frame in (REPLY, LAST):
                 return Replied(receive_message(self._connection, self._max_reply_bytes), frame == LAST)
-            if frame[:1] != PROGRESS:
+            if frame[:1] == WRITTEN:
+                place = json.loads(frame[1:])
+                self._signals.put((self, Written(_body(place), place["sha256"])))
+            elif frame[:1] == PROGRESS:
+                self._signals.put((self, NodeProgress.model_validate_json(frame[1:])))
+            else:
                 raise ValueError(f"it said {frame[:20]!r}")
-            self._signals.put((self, NodeProgress.model_validate_json(frame[1:])))

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from photon.config import Recipe
 from photon.errors import PhotonError
 from photon.events import NodeProgress
 from photon.fabric.lifeline import end_with
-from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message
+from photon.fabric.process import LAST, PROGRESS, READY, REPLY, receive_message, send_message, send_written
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.link.update import Sealed, Serialised, decode_message, expect_task
 from photon.model.build import build_model
@@ -81,7 +82,7 @@ class Worker:
                 connection.send_bytes(PROGRESS + progress.model_dump_json().encode())
 
         try:
-            return REPLY, self.node(name).handle(data, on_progress)
+            return REPLY, self.node(name).handle(data, on_progress, partial(send_written, connection))
         except PhotonError as error:
             traceback.print_exc()
             return REPLY, failure_reply(data, name, f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from photon.config import Recipe
 from photon.data.stream import Stream
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
-from photon.link.body import Body
+from photon.link.body import Body, FileBody
 from photon.link.codec.feedback import Sent, encode_update, limit_norm
 from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
@@ -46,6 +46,7 @@ from photon.parts.method import STATE_MARK, Method, is_state
 from photon.stopwatch import Stopwatch
 
 Order = Literal["go", "hand in", "drop"]
+OnUpdate = Callable[[FileBody, str], None]
 
 
 class TaskDroppedError(PhotonError):
@@ -105,8 +106,14 @@ class Node:
         self.codec = parse_pipeline(self.link.up, "link.up", self.link.exact_tensors)
         self.method, self.federation = Method.of(recipe), recipe.federation
 
-    def handle(self, data: Serialised, on_progress: Callable[[NodeProgress], None]) -> Sealed:
-        """Answer a serialised task. Raises WireError if it is not one for this node and run."""
+    def handle(
+        self, data: Serialised, on_progress: Callable[[NodeProgress], None], on_update: OnUpdate | None = None
+    ) -> Sealed:
+        """Answer a serialised task. Raises WireError if it is not one for this node and run.
+
+        `on_update` is told where the update lies, and its sha256, as soon as it is durable: it can be sent while the
+        node's own state is saved. It counts with the reply, not before.
+        """
         received, watch = time.monotonic(), Stopwatch()
         message = decode_message(data)
         task = expect_task(message)
@@ -131,7 +138,7 @@ class Node:
             watch.end("evaluate")
         if task.tau == 0:
             return self._reply(task, None, evaluation)
-        outcome = self._train(task, base, evaluation, received + task.deadline_s, on_progress, watch)
+        outcome = self._train(task, base, evaluation, received + task.deadline_s, on_progress, on_update, watch)
         return self._reply(task, outcome, evaluation)
 
     def _led_to(self, round_index: int, position: int) -> bool:
@@ -145,6 +152,7 @@ class Node:
         evaluation: EvaluationReport | None,
         deadline: float,
         on_progress: Callable[[NodeProgress], None],
+        on_update: OnUpdate | None,
         watch: Stopwatch,
     ) -> _Outcome:
         """tau local steps from the base on this node's own stream; commit own state; give the update."""
@@ -189,6 +197,8 @@ class Node:
         )
         report = _report(local, self.site.stream.epoch(after.position), watch)
         outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
+        if on_update is not None and isinstance(outcome.body, FileBody):
+            on_update(outcome.body, outcome.body_sha256)
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
         self.trainer.committed_sha256 = self.site.store.commit(after, task.round + 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import date, timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -20,13 +22,16 @@ from photon.data.tokenizer import train_tokenizer
 from photon.errors import ConfigError, DataError, PhotonError, WireError
 from photon.fabric.card import MAX_TOKENIZER_BYTES, RunCard, pack_tokenizer, read_card, run_card
 from photon.fabric.home import NodeHome, PreparedRun, prepare_run
+from photon.fabric.process import REPLY, WRITTEN
 from photon.fabric.site import SITE_FILE, SiteFile, open_site
 from photon.fabric.worker import Worker
 from photon.link import boot
 from photon.link.boot import MARKER
 from photon.link.client import LinkRefusedError
 from photon.link.partial import partial_names
-from photon.link.tensors import sha256_hex
+from photon.link.tensors import encode_tensors, sha256_hex
+from photon.link.update import Sealed, Task, decode_message, encode_message, expect_reply
+from photon.model.build import named_weights
 from photon.recipe import load_recipe
 from photon.siteconfig import SiteConfig
 
@@ -173,6 +178,23 @@ def test_a_worker_follows_a_recipe_that_needs_more_owners_than_its_own(made: Mad
     prepared = made.prepare(tiny_recipe(silos, data=data, federation={"parts": ["median"]}))
     node = Worker(prepared.folder, prepared.plan).node("ada")
     assert (node.site.name, node.method.merged is not None) == ("ada", True)
+
+
+def test_a_worker_says_where_its_update_lies_before_it_replies(made: Made) -> None:
+    prepared = made.prepare()
+    worker = Worker(prepared.folder, prepared.plan)
+    base = encode_tensors(named_weights(worker.trainer.model))
+    sha256 = sha256_hex(base)
+    task = Task(
+        run=RUN, round=0, node="ada", nonce="n", base_sha256=sha256, body_sha256=sha256, evaluate=False,
+        sequential_step=0, tau=2, nodes=2, deadline_s=60.0,
+    )  # fmt: skip
+    frames: list[bytes] = []
+    connection = cast(Connection, SimpleNamespace(send_bytes=frames.append))
+    kind, reply = worker.answer(encode_message(task, base), connection)
+    (written,) = [json.loads(frame[1:]) for frame in frames if frame[:1] == WRITTEN]
+    assert (kind, written["sha256"]) == (REPLY, expect_reply(decode_message(Sealed(reply.head, b""))).body_sha256)
+    assert sha256_hex(Path(written["body"]["path"]).read_bytes()) == written["sha256"]
 
 
 def test_the_text_is_tokenised_once(made: Made) -> None:

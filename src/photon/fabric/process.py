@@ -7,7 +7,6 @@ nobody else waits with it. It says what it learns on a queue and ends when the w
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -15,10 +14,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO, Any
+from typing import IO
+
+from pydantic import TypeAdapter
 
 from photon.errors import PhotonError
 from photon.events import NodeProgress
@@ -61,12 +61,13 @@ class Ended:
 
 
 Signal = NodeProgress | Written | Replied | Ended
+_PLACE, _UPDATE = TypeAdapter(FileBody), TypeAdapter(Written)
 
 
 def send_message(connection: Connection, message: Sealed) -> None:
     """Send a message; a body that lies in a file stays there, and the other end is told where."""
     if isinstance(message.body, FileBody):
-        connection.send_bytes(_IN_FILE + json.dumps(_place(message.body)).encode())
+        connection.send_bytes(_IN_FILE + _PLACE.dump_json(message.body))
         connection.send_bytes(message.head)
     else:
         connection.send_bytes(message.joined())  # one copy per worker, not per node
@@ -77,20 +78,13 @@ def receive_message(connection: Connection, max_bytes: int | None = None) -> Ser
     frame = connection.recv_bytes(max_bytes)
     if frame[:1] != _IN_FILE:
         return frame
-    return Sealed(connection.recv_bytes(max_bytes), _body(json.loads(frame[1:])))
+    place = _PLACE.validate_json(frame[1:])
+    return Sealed(connection.recv_bytes(max_bytes), place)
 
 
 def send_written(connection: Connection, body: FileBody, sha256: str) -> None:
     """Say where the update of the coming reply lies, before the reply."""
-    connection.send_bytes(WRITTEN + json.dumps({**_place(body), "sha256": sha256}).encode())
-
-
-def _place(body: FileBody) -> dict[str, Any]:
-    return {"path": str(body.path), "offset": body.offset, "size": body.size}
-
-
-def _body(place: Mapping[str, Any]) -> FileBody:
-    return FileBody(Path(place["path"]), place["offset"], place["size"])
+    connection.send_bytes(WRITTEN + _UPDATE.dump_json(Written(body, sha256)))
 
 
 class WorkerProcess:
@@ -188,8 +182,7 @@ class WorkerProcess:
             if frame in (REPLY, LAST):
                 return Replied(receive_message(self._connection, self._max_reply_bytes), frame == LAST)
             if frame[:1] == WRITTEN:
-                place = json.loads(frame[1:])
-                self._signals.put((self, Written(_body(place), place["sha256"])))
+                self._signals.put((self, _UPDATE.validate_json(frame[1:])))
             elif frame[:1] == PROGRESS:
                 self._signals.put((self, NodeProgress.model_validate_json(frame[1:])))
             else:

@@ -174,6 +174,20 @@ def test_scores_stand_beside_the_pattern_that_was_given(finished: RunFolder, tmp
     assert pattern in "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
 
 
+def test_records_may_hold_their_text_in_another_field(finished: RunFolder, tmp_path: Path) -> None:
+    text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("ada 4 of 3 things; " * 9)
+    records.write_text(json.dumps({"id": 1, "body": text.read_text()}))
+    code, output = run("evaluate", finished.path, "--data", records)
+    assert code == 2
+    said = " ".join(output.split())
+    assert "line 1: no field 'text'; fields here: 'id', 'body'" in said
+    assert "--field" in said
+    code, output = run("evaluate", finished.path, "--data", records, "--field", "body")
+    assert code == 0, output
+    assert evaluate_run(finished, [str(records)], None, field="body")[0] == evaluate_run(finished, [str(text)], None)[0]
+
+
 def test_a_prompt_that_is_no_text_is_refused(finished: RunFolder) -> None:
     with pytest.raises(InputError, match="character 3 of the prompt is not UTF-8"):
         continue_text(finished, "hi\udcff", 4, 1.0, 0, 0)

@@ -158,6 +158,9 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Text to score instead of the silos' held-out documents; repeatable.")
     ] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field with the text in .jsonl and .parquet files of --data; default: text.")
+    ] = None,
     sequences: Annotated[
         int | None, typer.Option(help="Sequences of each source of a silo; default: the recipe's.", min=1)
     ] = None,
@@ -170,7 +173,10 @@ def evaluate(
 
     if data and sequences:
         raise InputError("--sequences is for the silos' held-out documents; with --data all of the text is scored")
-    Console().print(scores_table(evaluate_run(RunFolder(run), data or [], sequences, round_index)))
+    if field is not None and not data:
+        raise InputError("--field is for --data; the silos' own fields stand in the recipe")
+    scores = evaluate_run(RunFolder(run), data or [], sequences, round_index, field or "text")
+    Console().print(scores_table(scores))
 
 
 @app.command(name="generate", epilog='Example: photon generate runs/demo "def read(" --tokens 60 --seed 7')

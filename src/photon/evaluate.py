@@ -23,17 +23,18 @@ from photon.runfolder import RunFolder
 
 
 def evaluate_run(
-    folder: RunFolder, texts: list[str], max_sequences: int | None, round_index: int | None = None
+    folder: RunFolder, texts: list[str], max_sequences: int | None, round_index: int | None = None, field: str = "text"
 ) -> tuple[Scores, dict[str, Scores]]:
     """Scores of a run's model, (pooled, by name): per silo, or on the given sources of text.
 
-    The model is that of a committed round, here and below; None: the newest. Raises DataError if a source cannot be
-    read or holds no two tokens, and what `load_trained` raises.
+    `field` holds the text of their .jsonl and .parquet records. The model is that of a committed round, here and
+    below; None: the newest. Raises DataError if a source cannot be read or holds no two tokens, and what
+    `load_trained` raises.
     """
     run, model, _ = load_trained(folder, round_index)
     trainer = Trainer(model, run.recipe.node, torch.device("cpu"), run.recipe.total_steps)
     tally = Tally()
-    sources = _given(run, texts) if texts else _silos(run, max_sequences or run.recipe.evaluation.sequences)
+    sources = _given(run, texts, field) if texts else _silos(run, max_sequences or run.recipe.evaluation.sequences)
     for name, parts in sources:
         tally.add(name, score(trainer, parts, run.recipe.evaluation.batch_size))
     return tally.pooled(), tally.silos()
@@ -75,14 +76,14 @@ def _silos(run: Run, max_sequences: int) -> Iterator[tuple[str, list[HeldOut]]]:
             yield site.name, [held_out(ShardReader(source), length, max_sequences) for source in site.sources]
 
 
-def _given(run: Run, texts: list[str]) -> Iterator[tuple[str, list[HeldOut]]]:
+def _given(run: Run, texts: list[str], field: str) -> Iterator[tuple[str, list[HeldOut]]]:
     for text in texts:
-        yield text, _windows(text, run.tokenizer, run.recipe.data.sequence_length)
+        yield text, _windows(text, field, run.tokenizer, run.recipe.data.sequence_length)
 
 
-def _windows(spec: str, tokenizer: Tokenizer, sequence_length: int) -> list[HeldOut]:
+def _windows(spec: str, field: str, tokenizer: Tokenizer, sequence_length: int) -> list[HeldOut]:
     """All of a source's tokens as windows; the last one is as short as what is left."""
-    documents = [document.text for document in read_source(spec, "text", None)]
+    documents = [document.text for document in read_source(spec, field, None)]
     encoded = tokenizer.encode_batch(documents)
     stream = np.array([token for ids in encoded for token in (*ids, tokenizer.end_of_text)], dtype=np.int64)
     if len(stream) < 2:

@@ -170,7 +170,7 @@ def _json_lines(path: Path, file: IO[bytes], field: str) -> Iterator[Document]:
 def missing_field(where: str, field: str, present: list[str]) -> DataError:
     """The complaint about a record without the silo's text field."""
     names = ", ".join(repr(name) for name in present[:8]) or "none"
-    return DataError(f"{where}: no field {field!r}; fields here: {names}. Set the silo's `field`")
+    return DataError(f"{where}: no field {field!r}; fields here: {names}. Name one: the silo's `field`, or --field")
 
 
 def _parquet(path: Path, file: IO[bytes], field: str) -> Iterator[Document]:

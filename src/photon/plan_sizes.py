@@ -68,10 +68,11 @@ def _hugging_face_facts(recipe: Recipe) -> ModelFacts:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from photon.model.hf import HuggingFaceModel, _settings
+    from photon.model.hf import HuggingFaceModel
+    from photon.model.hf_settings import fitted_settings
 
     model, length = recipe.model, recipe.data.sequence_length
-    settings = _settings(model.hf, model.hf_weights, recipe.data.vocab_size, length)
+    settings = fitted_settings(model.hf, model.hf_weights, recipe.data.vocab_size, length)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(settings)
     unmade = cast(HuggingFaceModel, SimpleNamespace(network=network))

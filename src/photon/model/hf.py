@@ -21,12 +21,10 @@ from photon.errors import ConfigError, InputError
 from photon.model.base import LanguageModel
 from photon.model.decoder import Decoder
 from photon.model.hf_families import FAMILIES, Family, Setting, check_exportable, from_hf, to_hf
+from photon.model.hf_settings import LENGTHS, fitted_settings, read_settings
 from photon.model.loss import linear_cross_entropy
 
-# Checkpoints pad their embedding to round numbers; more spare rows than this mean another tokenizer.
-MAX_PADDING_ROWS = 1024
 _CAUSAL = "photon_causal"
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,7 +63,7 @@ class HuggingFaceModel(LanguageModel):
         Fresh weights take the tokenizer's vocabulary and, where the model's positions end earlier, the run's
         sequence length. Raises ConfigError if there is no such model, or if pretrained weights fit neither.
         """
-        settings = _settings(source, weights, vocab_size, sequence_length)
+        settings = fitted_settings(source, weights, vocab_size, sequence_length)
         return cls((_pretrained if weights == "pretrained" else _fresh)(source, settings), sequence_length)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -102,7 +100,7 @@ def count_hf_parameters(
     source: str, weights: Literal["scratch", "pretrained"], vocab_size: int, sequence_length: int
 ) -> tuple[int, int]:
     """(all, those outside the embeddings and the head) of the model at `source`, without allocating a weight."""
-    settings = _settings(source, weights, vocab_size, sequence_length)
+    settings = fitted_settings(source, weights, vocab_size, sequence_length)
     with torch.device("meta"):
         network = _fresh(source, settings)
     total = sum(p.numel() for p in network.parameters())
@@ -150,7 +148,7 @@ def decoder_from_hf(folder: Path) -> Decoder:
     Raises ConfigError, naming the setting or the tensor, when the checkpoint is not of a family of
     `photon.model.hf_families` or uses what our decoder does not have; `model.hf` still takes it then.
     """
-    settings = _auto_config(str(folder))
+    settings = read_settings(str(folder))
     config, vocab_size, sequence_length = _shape_of(settings, folder)
     family = check_exportable(config)
     norm_eps = float(getattr(settings, family.eps))
@@ -162,15 +160,6 @@ def decoder_from_hf(folder: Path) -> Decoder:
         decoder = Decoder(config, vocab_size, sequence_length, norm_eps)
     decoder.load_state_dict(tensors)
     return decoder
-
-
-def _auto_config(source: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of many kinds, where config.json says what cannot be
-        raise ConfigError(f"{source!r} is neither a folder with a Hugging Face model nor a hub id: {error}") from error
 
 
 def _fresh(source: str, settings: Any) -> Any:
@@ -202,40 +191,6 @@ def _pretrained(source: str, settings: Any | None) -> Any:
 def _unloadable(source: str, error: Exception) -> ConfigError:
     said = f"{type(error).__name__}: {error}"  # of a KeyError the text is nothing but the key
     return ConfigError(f"model.hf = {source!r} cannot be loaded as a causal language model: {said}")
-
-
-def _settings(source: str, weights: str, vocab_size: int, sequence_length: int) -> Any:
-    """transformers' config of the model at `source`, fitted to the run or refused (ConfigError)."""
-    settings = _auto_config(source)
-    if not hasattr(settings, "vocab_size"):
-        raise ConfigError(
-            f"model.hf = {source!r} is no plain language model (a {settings.model_type!r} has other inputs)"
-        )
-    longest = min((n for key in _LENGTHS if (n := getattr(settings, key, None)) is not None), default=sequence_length)
-    if weights == "pretrained":
-        rows = settings.vocab_size
-        if not 0 <= rows - vocab_size < MAX_PADDING_ROWS:
-            raise ConfigError(
-                f"model.hf = {source!r} has {rows} token embeddings, the tokenizer {vocab_size} tokens: "
-                f"continued pre-training needs the model's own tokenizer, data.tokenizer = {source!r}"
-            )
-        if sequence_length > longest:
-            raise ConfigError(
-                f"model.hf = {source!r} knows positions up to {longest}: data.sequence_length = {sequence_length} "
-                f"must be at most that"
-            )
-    else:
-        settings.vocab_size = vocab_size
-        for key in _LENGTHS:
-            if getattr(settings, key, None) is not None:
-                setattr(settings, key, max(longest, sequence_length))
-        # These name tokens of the tokenizer it came with; a padding token would even freeze its embedding.
-        settings.pad_token_id = settings.bos_token_id = settings.eos_token_id = None
-    # Pre-training sees each token about once: no dropout, and no state of a generator to carry between rounds.
-    for key, value in settings.to_dict().items():
-        if ("dropout" in key or key.endswith(("pdrop", "layerdrop"))) and type(value) in (int, float):
-            setattr(settings, key, type(value)(0))
-    return settings
 
 
 def _attend_without_mask(network: Any, sequence_length: int) -> None:
@@ -385,7 +340,7 @@ def _shape_of(settings: Any, folder: Path) -> tuple[ModelConfig, int, int]:
         tied=settings.tie_word_embeddings,
         init_std=settings.initializer_range,
     )
-    lengths = [n for key in _LENGTHS if (n := getattr(settings, key, None)) is not None]
+    lengths = [n for key in LENGTHS if (n := getattr(settings, key, None)) is not None]
     return config, settings.vocab_size, lengths[0]
 
 

@@ -188,6 +188,12 @@ def test_a_soft_cap_on_the_logits_is_part_of_the_loss(tmp_path: Path) -> None:
     assert float((model.loss(tokens(), tokens()) - loss).detach().abs()) > 1e-2
 
 
+def test_noise_in_training_does_not_hide_that_the_head_is_last(tmp_path: Path) -> None:
+    """A node seeds what an expert's router draws; the loss that never holds all logits stays."""
+    model = build(checkpoint(tmp_path, "mixtral", **TINY, num_local_experts=2, router_jitter_noise=0.1))
+    assert model._head_is_last
+
+
 def test_no_dropout_and_no_frozen_token(tmp_path: Path) -> None:
     gpt2 = checkpoint(tmp_path / "a", "gpt2", vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=LENGTH)
     model = build(gpt2).train()

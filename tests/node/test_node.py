@@ -104,6 +104,25 @@ def test_a_task_done_twice_gives_the_same_bytes_and_counts_once(tmp_path: Path) 
     assert node.site.store.load(RUN, "ada", 2).position == 12
 
 
+def test_what_a_model_draws_in_training_is_drawn_again(tmp_path: Path) -> None:
+    """As the routers of some experts do: `router_jitter_noise` of a Mixtral."""
+    nodes = Federation(tmp_path, tiny_recipe(["ada", "bob"])).nodes
+    trainer = nodes["ada"].trainer
+    plain, drawn = trainer._loss, list[float]()
+
+    def noisy(inputs: Tensor, targets: Tensor) -> Tensor:
+        drawn.append(float(torch.rand(())))
+        return plain(inputs, targets) * (1 + drawn[-1])
+
+    trainer._loss = noisy
+    first, again = (encode_tensors(handed_in(nodes["ada"], task())[1]) for _ in range(2))
+    assert first == again
+    assert drawn[:3] == drawn[3:]
+    handed_in(nodes["ada"], task(round=1, sequential_step=3))
+    handed_in(nodes["bob"], task(node="bob"))
+    assert len(set(drawn)) == 9  # other numbers in other rounds, and for other nodes of the same device
+
+
 @pytest.mark.parametrize(("choice", "kept"), [("keep", True), ("reset", False)])
 def test_an_optimizer_that_is_reset_takes_no_room_on_the_disk(choice: str, kept: bool, tmp_path: Path) -> None:
     node = one_node(tmp_path, node={"optimizer": "adamw", "optimizer_state": choice})

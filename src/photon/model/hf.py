@@ -249,6 +249,7 @@ def _head_is_last(network: Any) -> bool:
         return known
 
     handle = head.register_forward_hook(replace)
+    network.eval()  # in training some draw numbers, and two passes would differ
     try:
         logits = network(input_ids=tokens, use_cache=False).logits
     finally:

@@ -18,7 +18,7 @@ from photon.data.stream import Stream
 from photon.errors import PhotonError, WireError
 from photon.events import NodeProgress
 from photon.link.body import Body, FileBody
-from photon.link.codec.feedback import Sent, encode_update, limit_norm
+from photon.link.codec.feedback import Sent, encode_update, limit_norm, tensor_seed
 from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
 from photon.link.update import (
@@ -172,6 +172,8 @@ class Node:
                 raise TaskDroppedError(f"round {task.round} was dropped after {step} steps; nothing of it is kept")
             return time.monotonic() < deadline and order == "go"  # late: hand in what there is, weighted by its tokens
 
+        # Some Hugging Face models draw numbers in training (the routers of experts): the same for a round done again.
+        torch.manual_seed(tensor_seed(f"{self.seed}/{self.site.name}/{task.round}", "train"))
         local = self.trainer.train(
             self.site.stream, state.position, self.site.batch_size, task.tau, task.sequential_step, on_step
         )

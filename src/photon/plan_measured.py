@@ -237,12 +237,13 @@ def _size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _memory_bytes(device: str) -> int:
-    import psutil  # type: ignore[import-untyped]  # it ships no types
     import torch
+
+    from photon.node.memory import total_memory
 
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    return total_memory()
 
 
 def _check_memory(needed: int, memory_bytes: int) -> None:

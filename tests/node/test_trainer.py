@@ -235,10 +235,7 @@ def test_auto_on_a_cpu_fits_the_measured_activations_into_memory(monkeypatch: py
     assert per_sequence >= 4 * LENGTH * (8 + VOCAB)
     assert trainer._activation_bytes(three) == pytest.approx(3 * per_sequence, rel=0.1)
 
-    class Memory:
-        available = 2 * 5 * per_sequence + 1
-
-    monkeypatch.setattr(trainer_module.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(trainer_module, "available_memory", lambda: 2 * 5 * per_sequence + 1)
     monkeypatch.setattr(trainer_module, "available_cores", torch.get_num_threads)
     assert trainer._estimate_micro_batch(three) == 5
     monkeypatch.setattr(trainer_module, "available_cores", lambda: 5 * torch.get_num_threads())

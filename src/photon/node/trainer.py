@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -26,6 +25,7 @@ from photon.config import NodeConfig
 from photon.errors import PhotonError
 from photon.model.base import LanguageModel
 from photon.node.device import available_cores, resolve_precision, use_compile
+from photon.node.memory import available_memory
 from photon.node.optimizers import build_optimizer, set_learning_rate
 from photon.node.schedule import learning_rate_scale
 from photon.parts.method import Method
@@ -252,7 +252,7 @@ class Trainer:
         if self.device.type == "cuda":
             return sys.maxsize
         cores_share = min(1.0, torch.get_num_threads() / available_cores())
-        budget_bytes = psutil.virtual_memory().available / 2 * cores_share
+        budget_bytes = available_memory() / 2 * cores_share
         one_sequence = batch[:1].clone()  # a view would keep, and count, the whole batch
         return max(1, int(budget_bytes / max(1, self._activation_bytes(one_sequence))))
 

@@ -61,6 +61,17 @@ def test_texts_come_back_in_order_from_both_splits(written: Path, tokenizer: Tok
     assert ShardReader(written).bytes_per_token_heldout == ratio
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_divided_document_is_counted_once(
+    count: int, tmp_path: Path, tokenizer: Tokenizer, origin: MakeOrigin
+) -> None:
+    texts = ["".join(TEXTS), "short", "shorter"][:count]
+    manifest = write_shards(documents(texts), tokenizer, tmp_path / "shards", origin())
+    assert manifest.train.documents + manifest.heldout.documents == count
+    assert min(manifest.train.tokens, manifest.heldout.tokens) > 0
+    assert manifest.train.bytes + manifest.heldout.bytes == sum(map(len, map(str.encode, texts)))
+
+
 def test_unigram_loss_is_the_cross_entropy_of_smoothed_counts(written: Path, tokenizer: Tokenizer) -> None:
     train, heldout = all_tokens(written, "train"), all_tokens(written, "heldout")
     size = len(train) + tokenizer.vocab_size

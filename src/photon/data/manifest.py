@@ -29,7 +29,7 @@ class ShardFile(_Closed):
 class Split(_Closed):
     """One side of the train/held-out split."""
 
-    documents: Count
+    documents: Count = Field(description="Those that begin here: the held-out tail of a divided one does not.")
     tokens: Count = Field(description="End-of-text tokens included.")
     bytes: Count = Field(description="Of text in UTF-8.")
     files: list[ShardFile]

@@ -135,7 +135,7 @@ class _SplitWriter:
 
     def write(self, item: Encoded) -> None:
         """Append a document; it may run on into the next file."""
-        self._documents += 1
+        self._documents += not item.is_tail
         self._bytes += len(item.document.text.encode())
         tokens = item.tokens.astype(self._dtype)
         while len(tokens):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -22,10 +22,11 @@ _ORDINARY_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document and its token ids (end-of-text last)."""
+    """A document and its token ids (end-of-text last); `is_tail`: the second part of one that was divided."""
 
     document: Document
     tokens: NDArray[np.int64]
+    is_tail: bool = False
 
 
 def content_hash(text: str) -> int:
@@ -123,4 +124,4 @@ def _cut(
     share = min(0.5, max(fraction, 1.25 * need / len(item.tokens)))
     at = round(len(text) * (1 - share))
     head, tail = encode(Document(text[:at], origin)), encode(Document(text[at:], origin))
-    return None if min(len(head.tokens), len(tail.tokens)) < need else (head, tail)
+    return None if min(len(head.tokens), len(tail.tokens)) < need else (head, replace(tail, is_tail=True))

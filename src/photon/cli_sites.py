@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +80,7 @@ def node(
 ) -> None:
     """Take part as one owner's node. Outbound connections only; the text stays here. Ctrl-C: hand in, then leave."""
     require("sites")
+    from photon.certificates import check_dates, load_bundle
     from photon.fabric.agent import Agent, NodeOptions, default_home
     from photon.fabric.home import NodeHome
     from photon.fabric.lifeline import end_with
@@ -93,7 +95,8 @@ def node(
     if site.name is not None and site.name != identity.name:
         raise InputError(f"{silo} is for node {site.name!r}, {keys} is the key of {identity.name!r}")
     home = NodeHome(state if state is not None else default_home(identity.name))
-    Agent(NodeOptions(identity.name, aggregator, client_context(keys), site, home)).run()
+    check_key = partial(check_dates, keys, load_bundle(keys))
+    Agent(NodeOptions(identity.name, aggregator, client_context(keys), check_key, site, home)).run()
 
 
 def status(

@@ -9,12 +9,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
 
 import pytest
+from tests import authorities
+from tests.authorities import at
 
+from photon.certificates import check_dates, load_bundle
 from photon.errors import InputError
 from photon.fabric import agent as agents
 from photon.fabric import home as homes
@@ -26,6 +30,8 @@ from photon.fabric.flwr_internals import RUN_ENDED, Content, FlowerDownError
 from photon.fabric.home import NodeHome
 from photon.link.update import Task, seal
 from photon.siteconfig import Caps, SiteConfig
+
+ready = authorities.ready
 
 RECIPE, OTHER_RECIPE = "a" * 64, "b" * 64
 DONE = Standing(phase="done", nonce="n1", round=3, head=b"a reply")
@@ -75,7 +81,8 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Agen
     monkeypatch.setattr(agents, "FleetClient", lambda url, context: fleet)
     monkeypatch.setattr(agents, "POLL_S", 0.0)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    one = Agent(NodeOptions("ada", "https://127.0.0.1:1", context, SiteConfig(text=["x"]), NodeHome(tmp_path)))
+    site, home = SiteConfig(text=["x"]), NodeHome(tmp_path)
+    one = Agent(NodeOptions("ada", "https://127.0.0.1:1", context, lambda: None, site, home))
     one._errands = cast(Errands, desk)
     one._preparation = agents._Preparation("r", RECIPE, note="")
     yield one, fleet, desk
@@ -239,4 +246,23 @@ def test_a_state_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     home, site = NodeHome(tmp_path / "file"), SiteConfig(text=["x"])
     with pytest.raises(InputError, match=r"file cannot hold what this node keeps .*: name another --state"):
-        Agent(NodeOptions("ada", "https://127.0.0.1:1", context, site, home)).run()
+        Agent(NodeOptions("ada", "https://127.0.0.1:1", context, lambda: None, site, home)).run()
+
+
+def test_a_key_that_expires_while_there_is_no_connection_ends_the_node(
+    node: tuple[Agent, Fleet, Desk], ready: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would try for ever, and each time hear of TLS no more than that."""
+    one, fleet, _ = node
+    key = ready / "alice.key"
+    one._options = replace(one._options, check_key=partial(check_dates, key, load_bundle(key)))
+    one._leaving.set()  # so that no pause follows a failure
+
+    def down() -> Question | None:
+        raise FlowerDownError("cannot ask for messages through Flower: ReadError: sslv3 alert certificate expired")
+
+    monkeypatch.setattr(fleet, "pull", down)
+    one._turn()
+    at(monkeypatch, days=400)
+    with pytest.raises(InputError, match=r"alice\.key expired on 20.*photon keys node alice DIR"):
+        one._turn()

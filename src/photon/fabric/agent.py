@@ -12,7 +12,7 @@ import os
 import signal
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -50,11 +50,12 @@ class NodeRefusedError(PhotonError):
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """Who the node is, where it joins and what its owner decided."""
+    """Who the node is, where it joins, what its owner decided; `check_key` raises InputError once its key expired."""
 
     name: str
     url: str
     context: ssl.SSLContext
+    check_key: Callable[[], None]
     site: SiteConfig
     home: NodeHome
     leave_deadline_s: float = LEAVE_DEADLINE_S
@@ -331,6 +332,7 @@ class Agent:
     # Trouble.
 
     def _down(self, error: Exception) -> None:
+        self._options.check_key()  # with one that has expired, no try will succeed
         if not self._told_down:
             say(f"no connection, trying again: {error}")
             self._told_down = True

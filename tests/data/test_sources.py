@@ -65,6 +65,16 @@ def test_empty_files_among_others_are_left_out_with_a_word(tmp_path: Path) -> No
     assert notes(tmp_path) == [f"{tmp_path}: 1 files without text left out, first {tmp_path}/b.txt"]
 
 
+def test_a_pipe_in_a_folder_is_left_out_with_a_word(tmp_path: Path) -> None:
+    """Nobody writes into it, and to read it would be to wait for ever."""
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    source, notes = open_source(".", "text", tmp_path), list[str]()
+    assert source.files == (tmp_path / "b.txt",)
+    assert [found.text for found in source.documents(None, notes.append)] == ["text"]
+    assert "1 files of other kinds than text left out" in notes[0]
+
+
 def test_nothing_found_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"absent/\*\.txt: no text files match; looked for {tmp_path}/absent"):
         open_source("absent/*.txt", "text", tmp_path)

@@ -142,7 +142,8 @@ def _find(spec: str, root: Path) -> tuple[list[Path], list[Path]]:
         elif "**" not in spec:  # which lists the files of the folders it meets by itself
             for inside in _walk(match):
                 known = files.kind(inside) in files.RECORDS or files.kind(inside) in files.TEXT.split()
-                (found if known else skipped).append(inside)
+                # Of a pipe that nobody writes into, the first byte would be waited for without an end.
+                (found if known and not inside.is_fifo() else skipped).append(inside)
     return found, skipped
 
 

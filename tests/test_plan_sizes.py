@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from photon.aggregator.downlink import Downlink
 from photon.config import Recipe
+from photon.errors import ConfigError
 from photon.link.codec.feedback import encode_update
 from photon.link.codec.notation import parse_pipeline
 from photon.link.tensors import encode_tensors, sha256_hex
@@ -185,3 +186,9 @@ def test_a_message_without_its_body_is_within_what_is_planned() -> None:
     )  # fmt: skip
     assert len(seal(reply)) <= ENVELOPE_BYTES
     assert len(seal(task)) <= ENVELOPE_BYTES
+
+
+def test_a_hugging_face_model_that_cannot_be_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 300, "hidden_act": "none"}')
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model: KeyError"):
+        model_facts(recipe_of(model={"hf": str(tmp_path)}))

@@ -66,15 +66,14 @@ def model_facts(recipe: Recipe) -> ModelFacts:
 def _hugging_face_facts(recipe: Recipe) -> ModelFacts:
     """The same of a Hugging Face model, whose wrapper looks at its weights when made and cannot do without them."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from photon.model.hf import HuggingFaceModel
+    from photon.model.hf import HuggingFaceModel, fresh_network
     from photon.model.hf_settings import fitted_settings
 
     model, length = recipe.model, recipe.data.sequence_length
     settings = fitted_settings(model.hf, model.hf_weights, recipe.data.vocab_size, length)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(settings)
+        network = fresh_network(model.hf, settings)
     unmade = cast(HuggingFaceModel, SimpleNamespace(network=network))
     wrapper = torch.nn.Module()
     wrapper.network = network

@@ -64,7 +64,7 @@ class HuggingFaceModel(LanguageModel):
         sequence length. Raises ConfigError if there is no such model, or if pretrained weights fit neither.
         """
         settings = fitted_settings(source, weights, vocab_size, sequence_length)
-        return cls((_pretrained if weights == "pretrained" else _fresh)(source, settings), sequence_length)
+        return cls((_pretrained if weights == "pretrained" else fresh_network)(source, settings), sequence_length)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss if `targets` are given, else logits; one entry point, so that FSDP's and DDP's hooks see both."""
@@ -102,7 +102,7 @@ def count_hf_parameters(
     """(all, those outside the embeddings and the head) of the model at `source`, without allocating a weight."""
     settings = fitted_settings(source, weights, vocab_size, sequence_length)
     with torch.device("meta"):
-        network = _fresh(source, settings)
+        network = fresh_network(source, settings)
     total = sum(p.numel() for p in network.parameters())
     outer = {id(p): p.numel() for m in network.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outer |= {id(p): p.numel() for p in network.get_output_embeddings().parameters()}
@@ -162,7 +162,7 @@ def decoder_from_hf(folder: Path) -> Decoder:
     return decoder
 
 
-def _fresh(source: str, settings: Any) -> Any:
+def fresh_network(source: str, settings: Any) -> Any:
     """A network of these settings; ConfigError if there can be none."""
     from transformers import AutoModelForCausalLM
 

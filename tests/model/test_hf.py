@@ -188,6 +188,27 @@ def test_a_soft_cap_on_the_logits_is_part_of_the_loss(tmp_path: Path) -> None:
     assert float((model.loss(tokens(), tokens()) - loss).detach().abs()) > 1e-2
 
 
+SMALL = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra"])
+def test_what_sees_the_tokens_that_it_has_to_predict_is_refused(model_type: str, tmp_path: Path) -> None:
+    """Encoders are causal language models only as decoders; their loss falls to nothing otherwise."""
+    config = {"model_type": model_type, **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"is not causal: a .* sees the tokens it has to predict"):
+        build(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    build(str(tmp_path))
+
+
+def test_what_no_token_passes_is_refused(tmp_path: Path) -> None:
+    """A roberta counts positions from its padding token, of which a run from scratch has none."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", "is_decoder": True, **SMALL}))
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model: TypeError"):
+        build(str(tmp_path))
+
+
 def test_noise_in_training_does_not_hide_that_the_head_is_last(tmp_path: Path) -> None:
     """A node seeds what an expert's router draws; the loss that never holds all logits stays."""
     model = build(checkpoint(tmp_path, "mixtral", **TINY, num_local_experts=2, router_jitter_noise=0.1))

@@ -61,10 +61,21 @@ class HuggingFaceModel(LanguageModel):
         """The model at `source`, a folder or hub id: its weights, or fresh ones from torch's global generator.
 
         Fresh weights take the tokenizer's vocabulary and, where the model's positions end earlier, the run's
-        sequence length. Raises ConfigError if there is no such model, or if pretrained weights fit neither.
+        sequence length. Raises ConfigError if there is no such model, if it is not causal, or if pretrained weights fit
+        neither.
         """
         settings = fitted_settings(source, weights, vocab_size, sequence_length)
-        return cls((_pretrained if weights == "pretrained" else fresh_network)(source, settings), sequence_length)
+        network = (_pretrained if weights == "pretrained" else fresh_network)(source, settings)
+        try:
+            model, sees_ahead = cls(network, sequence_length), _sees_ahead(network)
+        except Exception as error:  # whatever the numbers in config.json lead to once tokens pass
+            raise _unloadable(source, error) from error
+        if sees_ahead:
+            raise ConfigError(
+                f"model.hf = {source!r} is not causal: a {type(network).__name__} with this config sees the tokens it "
+                "has to predict; where its architecture has that, set is_decoder = true in its config.json"
+            )
+        return model
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss if `targets` are given, else logits; one entry point, so that FSDP's and DDP's hooks see both."""
@@ -256,6 +267,14 @@ def _head_is_last(network: Any) -> bool:
         handle.remove()
     hidden = getattr(network.base_model(input_ids=tokens, use_cache=False), "last_hidden_state", None)
     return torch.equal(logits, known) and hidden is not None and len(seen) == 1 and torch.equal(seen[0], hidden)
+
+
+@torch.no_grad()
+def _sees_ahead(network: Any) -> bool:
+    """Whether what a network says of the first token depends on the second: its loss would be no held-out loss."""
+    network.eval()  # and the first ids are often those of padding
+    logits = network(input_ids=torch.tensor([[7, 8], [7, 9]]), use_cache=False).logits[:, 0]
+    return float((logits[0] - logits[1]).abs().max()) > 1e-4 * float(logits.abs().max())
 
 
 def _copy_tokenizer(source: Path, target: Path) -> dict[str, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,7 +143,16 @@ def test_options_change_what_they_say() -> None:
     assert slow_up["phases_s"]["download"] == pytest.approx(5_250_888 * 8 / 1e9)
     assert planned("paper-7b --device 4090")["memory"]["fits"] is False
     assert planned("demo --compute-ratio 2")["baseline"]["steps"] == 240
-    assert planned("demo --ideal --latency 0s")["break_even"] == {"bits_per_s": None, "always": True}
+    assert planned("demo --ideal --latency 0s")["break_even"] == {
+        "bits_per_s": None, "always": True, "from_bits_per_s": None,
+    }  # fmt: skip
+
+
+def test_a_federation_that_trains_less_is_said_to_pay_from_a_bandwidth_on() -> None:
+    said = output("demo --ideal --latency 0s --compute-ratio 0.6 federation.tau=1")
+    assert re.search(r"pays +from [0-9.]+ Tbit/s on", said)
+    between = output("demo --ideal --latency 0s --compute-ratio 0.9 federation.tau=4")
+    assert re.search(r"pays, exchange hidden +to [0-9.]+ Tbit/s, from [0-9.]+ Tbit/s on", between)
 
 
 def test_a_sweep_is_a_table_and_json() -> None:

@@ -13,6 +13,7 @@ from photon.plan_bytes import ENVELOPE_BYTES, RoundBytes, run_down_bytes, run_ta
 from photon.plan_course import Course, course_of
 from photon.plan_exchange import LinkSpeed, Topology, step_exchange_s
 from photon.planner import (
+    BreakEven,
     MachineSpeed,
     RoundPrediction,
     baseline_s,
@@ -135,17 +136,6 @@ class BaselinePlan:
     overlapped_total_s: float
     sent_bytes: float
     compute_ratio: float
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """Bandwidth of a node's upward link (all links scaled alike) beyond which per-step training is faster.
-
-    None: there is none. Then `always` says whether the federation is the faster one at every bandwidth or at none.
-    """
-
-    bits_per_s: float | None
-    always: bool
 
 
 @dataclass(frozen=True)
@@ -367,18 +357,23 @@ def _step_sent_bytes(question: Question) -> float:
 
 
 def _break_even(question: Question, baseline: BaselinePlan, overlapped: bool) -> BreakEven:
-    step_s = baseline.compute_s / baseline.steps
+    """With overlap per-step training takes as long as its longer part, so whoever beats either part beats it."""
+    link, up_bits_per_s = question.link, question.link.node_up_bits_per_s
 
     def federated_s(link: LinkSpeed) -> float:
         return _prediction(question, link).run_s(question.course.rounds, question.trained_rounds)
 
-    def per_step_s(link: LinkSpeed) -> float:
-        return baseline_s(baseline.steps, step_s, _step_exchange_s(question, link), overlapped)
+    def exchange_s(link: LinkSpeed) -> float:
+        return baseline.steps * _step_exchange_s(question, link)
 
-    factor = break_even(federated_s, per_step_s, question.link)
-    if 0 < factor < math.inf:
-        return BreakEven(factor * question.link.node_up_bits_per_s, always=False)
-    return BreakEven(None, always=factor > 0)
+    if overlapped:
+        beaten = [break_even(federated_s, part, link) for part in (exchange_s, lambda _: baseline.compute_s)]
+    else:
+        beaten = [break_even(federated_s, lambda link: baseline.compute_s + exchange_s(link), link)]
+    up_to, from_on = max(even[0] for even in beaten), min(even[1] for even in beaten)
+    if up_to >= from_on:
+        return BreakEven(None, always=True)
+    return BreakEven(up_to * up_bits_per_s or None, False, from_on * up_bits_per_s if from_on < math.inf else None)
 
 
 def _money(question: Question, run_s: float, traffic: BytesPlan, baseline: BaselinePlan) -> MoneyPlan | None:

@@ -14,8 +14,9 @@ from photon.readable import byte_size, count, significant
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from photon.plan_answer import BreakEven, Plan
+    from photon.plan_answer import Plan
     from photon.plan_sweep import Sweep
+    from photon.planner import BreakEven
 
 CAUTION = (
     "A plan is a formula. Measured rounds elsewhere took 1.1 to 1.9 times what such formulas say; "
@@ -135,8 +136,8 @@ def verdict_rows(plan: Plan) -> list[Row]:
         Row("the same, exchange hidden", time_text(base.overlapped_total_s), "perfect overlap: at best"),
         Row("this run / per-step", f"{plan.total_s / base.total_s:.3f}", _hidden_ratio(plan)),
         Row("training time / per-step's", significant(base.compute_ratio), "at the same loss, as given or inferred"),
-        Row("pays up to", _pays(plan.break_even), "a node's link, up; against per-step training without overlap"),
-        Row("pays up to, exchange hidden", _pays(plan.break_even_overlapped), "against perfect overlap"),
+        Row(*_pays(plan.break_even, ""), "a node's link, up; against per-step training without overlap"),
+        Row(*_pays(plan.break_even_overlapped, ", exchange hidden"), "against perfect overlap"),
         Row(
             f"tau for {100 * plan.wanted_utilisation:g} % training",
             f"{plan.tau_for_utilisation:,}",
@@ -212,10 +213,13 @@ def _node_row(what: str, most: str, mean_bytes: float, largest_bytes: float) -> 
     return Row(what, most + byte_size(mean_bytes), remark)
 
 
-def _pays(even: BreakEven) -> str:
-    if even.bits_per_s is not None:
-        return bandwidth_text(even.bits_per_s)
-    return "any bandwidth" if even.always else "none: never"
+def _pays(even: BreakEven, against: str) -> tuple[str, str]:
+    """Where the federation is the faster one: up to a bandwidth, from one on, or both with a gap between them."""
+    if even.from_bits_per_s is None:
+        up_to = "any bandwidth" if even.always else "none: never"
+        return f"pays up to{against}", up_to if even.bits_per_s is None else bandwidth_text(even.bits_per_s)
+    from_on = f"from {bandwidth_text(even.from_bits_per_s)} on"
+    return f"pays{against}", from_on if even.bits_per_s is None else f"to {bandwidth_text(even.bits_per_s)}, {from_on}"
 
 
 def _hidden_ratio(plan: Plan) -> str:

@@ -98,6 +98,19 @@ class RoundPrediction:
 
 
 @dataclass(frozen=True)
+class BreakEven:
+    """Bandwidth of a node's upward link (all links scaled alike) up to which the federation is the faster one.
+
+    `from_bits_per_s`: from which on it is, where it trains less. None: there is no such bandwidth; if both are None,
+    `always` says whether it is at every bandwidth or at none.
+    """
+
+    bits_per_s: float | None
+    always: bool
+    from_bits_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class PhaseComparison:
     """Predicted beside measured seconds of one phase; None where one side has no such phase."""
 
@@ -206,11 +219,12 @@ def baseline_s(steps: float, step_s: float, exchange_s: float, overlapped: bool)
 
 def break_even(
     federated_s: Callable[[LinkSpeed], float], other_s: Callable[[LinkSpeed], float], link: LinkSpeed
-) -> float:
-    """The factor on all bandwidths of `link` up to which federated training is the faster of the two.
+) -> tuple[float, float]:
+    """The factors on all bandwidths of `link` up to which, and from which on, federated training is the faster one.
 
-    0: it is never; infinity: it always is. More bandwidth helps whoever sends more, so there is one crossing; it is
-    bracketed between a billionth and a billion times the link and halved down (bisection on the logarithm).
+    (0, infinity): it is nowhere; (infinity, 0): it is everywhere. More bandwidth helps whoever sends more, so there is
+    one crossing; it is bracketed between a billionth and a billion times the link and halved down (bisection on the
+    logarithm). Up to it the federation wins where it sends less, from it on where it sends more and trains less.
     """
 
     def wins(exponent: float) -> bool:
@@ -218,14 +232,13 @@ def break_even(
         return federated_s(scaled) < other_s(scaled)
 
     low, high = -9.0, 9.0
-    if not wins(low):
-        return 0.0
-    if wins(high):
-        return math.inf
+    wins_low = wins(low)
+    if wins_low == wins(high):
+        return (math.inf, 0.0) if wins_low else (0.0, math.inf)
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if wins(middle) else (low, middle)
-    return float(10.0**low)
+        low, high = (middle, high) if wins(middle) == wins_low else (low, middle)
+    return (float(10.0**low), math.inf) if wins_low else (0.0, float(10.0**high))
 
 
 def _float32_bytes(parameters: int, node_bytes: RoundBytes) -> tuple[float, float]:

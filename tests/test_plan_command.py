@@ -155,6 +155,11 @@ def test_a_federation_that_trains_less_is_said_to_pay_from_a_bandwidth_on() -> N
     assert re.search(r"pays, exchange hidden +to [0-9.]+ Tbit/s, from [0-9.]+ Tbit/s on", between)
 
 
+def test_a_recipe_that_trains_in_one_place_is_no_federation_to_plan() -> None:
+    """It was given the bytes and rounds of one, which it never exchanges."""
+    assert "no federation to plan. Leave it out" in refused("demo federation.outer=none")
+
+
 def test_a_sweep_is_a_table_and_json() -> None:
     assert [line.split()[0] for line in output("demo --sweep tau=16..100").splitlines()[-4:]] == [
         "16",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from photon.cli_options import command
-from photon.errors import InputError
+from photon.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from photon.config import Recipe
@@ -122,6 +122,11 @@ def run_plan(options: PlanOptions) -> None:
 
     asked = parse_sweep(options.sweep) if options.sweep else None
     question = ask(options)
+    if question.recipe.federation.outer == "none":
+        raise ConfigError(
+            "federation.outer = none trains in one place and exchanges nothing: there is no federation to plan. Leave "
+            "it out: what per-step training takes on the same devices and links stands beside the federation's"
+        )
     plan = answer(question)
     sweep = swept(question, asked) if asked else None
     if options.out is not None:
@@ -303,8 +308,6 @@ def _told_of_run(options: PlanOptions, recipe: Recipe, node_bytes: RoundBytes) -
         told.append("Photon runs through its Aggregator; an all-reduce between sites is here to compare")
     if options.devices_per_node > 1:
         told.append("a node of several devices is taken to scale perfectly; Photon trains a node on one device today")
-    if recipe.federation.outer == "none":
-        told.append("the recipe is the centralised baseline; the plan takes its owners as nodes")
     misses = recipe.nodes_per_round < len(recipe.silo) or recipe.federation.dropout > 0
     if node_bytes.sends_differences and misses:
         told.append("a node that missed a round gets the whole model; bytes of the run are the mean over the draws")

@@ -11,8 +11,9 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from photon import __version__
+from photon import __version__, sites_far
 from photon.cli import app, main, split_words
+from photon.cli_sites import split_address
 from photon.errors import InputError
 
 FROZEN = {
@@ -202,6 +203,28 @@ def test_a_full_or_closed_disk_is_no_traceback(
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert photon("--version", capsys=capsys) == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "port"),
+    [
+        ("0.0.0.0:8443", "0.0.0.0", 8443),  # noqa: S104 - to be reached is what it is for
+        ("[2001:db8::1]:8443", "2001:db8::1", 8443),
+        ("hub.example.org:0", "hub.example.org", 0),
+    ],
+)
+def test_an_address_to_listen_on_is_read_and_written(listen: str, host: str, port: int) -> None:
+    assert split_address(listen) == (host, port)
+    assert sites_far._address(host, port) == listen
+
+
+@pytest.mark.parametrize(
+    "listen", ["2001:db8::1", "::1", "[::1]", "[::1:8443", "h", ":1", "h:", "h:65536", "h:" + "9" * 9999]
+)
+def test_what_is_no_address_to_listen_on_is_refused(listen: str) -> None:
+    """2001:db8::1 was taken for port 1 of 2001:db8:, and ten thousand digits ended in a traceback."""
+    with pytest.raises(InputError, match=r"\[2001:db8::1\]:8443"):
+        split_address(listen)
 
 
 def test_words_of_train() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,10 @@ import typer
 
 from photon.errors import InputError
 from photon.extras import require
+from photon.readable import one_line
+
+# An address of IPv6 has colons of its own: without brackets its end would be taken for a port.
+_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})")
 
 KeysFolder = Annotated[Path, typer.Option("--keys", metavar="DIR", help="The authority (photon keys init DIR).")]
 
@@ -123,8 +128,10 @@ def readmit(
 
 
 def split_address(listen: str) -> tuple[str, int]:
-    """`HOST:PORT` in parts. Raises InputError."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 2**16:
-        raise InputError(f"--listen is HOST:PORT, such as 0.0.0.0:8443, not {listen!r}")
-    return host.strip("[]"), int(port)
+    """`HOST:PORT` in parts, an IPv6 address in brackets. Raises InputError."""
+    found = _ADDRESS.fullmatch(listen)
+    if found is None or int(found[3]) >= 2**16:
+        raise InputError(
+            f"--listen is HOST:PORT, such as 0.0.0.0:8443 or [2001:db8::1]:8443, not {one_line(listen, 60)!r}"
+        )
+    return found[1] or found[2], int(found[3])

@@ -75,17 +75,21 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
         hub.prepare(recipe, keys, host, port)
         supervisor = Supervisor(hub.children())
         try:
-            address = hub.gateway_address()
-            print(f"gateway on {address[0]}:{address[1]}, run {folder.path}", flush=True)
+            print(f"gateway on {_address(*hub.gateway_address())}, run {folder.path}", flush=True)
             _run_rounds(folder)
         except KeyboardInterrupt:
             raise StoppedError(
                 "stopped; committed rounds are safe. Go on with: "
-                f"photon aggregator --resume {folder.path} --keys {keys} --listen {host}:{port}"
+                f"photon aggregator --resume {folder.path} --keys {keys} --listen {_address(host, port)}"
             ) from None
         finally:
             supervisor.close()
     hub.remove_leftovers()
+
+
+def _address(host: str, port: int) -> str:
+    """As --listen takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:

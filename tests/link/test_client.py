@@ -18,7 +18,7 @@ from tests.link.plain import plain_server
 from photon.errors import ConfigError
 from photon.identity import client_context
 from photon.keys import issue_node, revoke
-from photon.link.client import check_status
+from photon.link.client import _OTHER_ADDRESS, _tls_sentence, check_status
 from photon.link.transfer import GatewayClient, LinkDownError, LinkRefusedError
 
 MIB = 2**20
@@ -158,3 +158,10 @@ def test_nobody_there_is_worth_another_try(site: Site) -> None:
         port = listener.getsockname()[1]
     with pytest.raises(LinkDownError, match="refused"):
         site.client(port=port).json("GET", "/v1/run")
+
+
+@pytest.mark.parametrize("place", ["[2001:db8::1]", "[2001:db8::1]:8443"])
+def test_the_host_to_renew_a_certificate_for_is_named_as_photon_keys_takes_it(place: str) -> None:
+    error = ssl.SSLCertVerificationError()
+    error.verify_code = _OTHER_ADDRESS
+    assert str(_tls_sentence(error, place)).endswith("photon keys aggregator DIR --host 2001:db8::1")

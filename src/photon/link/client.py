@@ -235,7 +235,7 @@ def _has_ended(connection: HTTPConnection) -> bool:
 
 def _tls_sentence(error: ssl.SSLError, place: str) -> str | None:
     """What to mend, and at which end; None if the connection merely broke."""
-    host = place.rsplit(":", 1)[0]
+    host = urlsplit(f"//{place}").hostname
     if isinstance(error, ssl.SSLCertVerificationError):
         other = (
             f"the certificate at {place} is not for {host}: reach the Aggregator under a name it has, or have it "

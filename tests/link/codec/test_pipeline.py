@@ -174,6 +174,7 @@ def test_stages_stand_in_one_order() -> None:
     for chain, message in (
         (["zstd", "int8"], "int8 stands behind zstd: a lossless stage comes last"),
         (["int8", "topk"], "topk stands behind int8: what chooses numbers comes before what rounds them"),
+        (["topk(density=0.5)", "topk(density=0.50)"], r"topk\(density=0.5\) is written twice"),
         (["int8", "int4"], "int4 stands behind int8: numbers are rounded once"),
     ):
         with pytest.raises(Exception, match=message):

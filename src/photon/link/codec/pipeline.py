@@ -221,7 +221,10 @@ class Pipeline:
 
 
 def pipeline(stages: Iterable[tuple[str, Stage]], exact_tensors: Iterable[str] = ()) -> Pipeline:
-    """The chain of (label, stage). Raises ValueError where the order of kinds is not that of `Pipeline`."""
+    """The chain of (label, stage). Raises ValueError where the order of kinds is not that of `Pipeline`.
+
+    Or where two stages are written alike: their bytes are counted by what they are called.
+    """
     labels: list[str] = []
     transforms: list[Transform] = []
     quantiser: Quantiser | None = None
@@ -229,6 +232,8 @@ def pipeline(stages: Iterable[tuple[str, Stage]], exact_tensors: Iterable[str] =
     for label, stage in stages:
         if lossless is not None:
             raise ValueError(f"{label} stands behind {labels[-1]}: a lossless stage comes last")
+        if label in labels:
+            raise ValueError(f"{label} is written twice: one stage can choose what both together leave")
         if isinstance(stage, Transform):
             if quantiser is not None:
                 raise ValueError(

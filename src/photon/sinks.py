@@ -119,13 +119,20 @@ class MlflowSink:
         self._status = "KILLED"  # unless the run_finished event comes
 
     def write(self, event: Event) -> None:
-        """Scalars as metrics by sequential step; the facts of the run as parameters; samples as artifacts."""
+        """Scalars as metrics by sequential step; the facts of the run as parameters; samples as artifacts.
+
+        What a resumed run's recipe says otherwise is a tag, such as `photon.rounds`, beside the parameter.
+        """
         if self._client is None:
             self._connect()
         if isinstance(event, RunStarted):
             facts = event.model_dump(include={"recipe", "nodes_per_round", "rounds", "tau", "parameters"})
+            known = self._client.get_run(self._id).data
             for name, value in facts.items():
-                self._client.log_param(self._id, name, value)
+                if name not in known.params:
+                    self._client.log_param(self._id, name, value)
+                elif str(value) != known.params[name] or f"photon.{name}" in known.tags:
+                    self._client.set_tag(self._id, f"photon.{name}", str(value))  # a parameter never changes there
         elif isinstance(event, Evaluated | RoundDone):
             metric = self._mlflow.entities.Metric
             stamp_ms, step = int(event.time * 1000), event.sequential_step

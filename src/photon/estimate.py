@@ -152,6 +152,12 @@ def _binomial(n: int, stay: int, p: float) -> float:
     return math.exp(ways + stay * math.log1p(-p) + (n - stay) * math.log(p))
 
 
+def evaluation_tokens(recipe: Recipe) -> int:
+    """Tokens that one node scores at most, its sources together: the owner's with most of them, who is waited for."""
+    sources = max(len(silo.text) for silo in recipe.silo) or 1  # of owners elsewhere nobody knows
+    return recipe.evaluation.sequences * recipe.data.sequence_length * sources
+
+
 def tokens_per_round(recipe: Recipe) -> int:
     """Tokens that one round trains on, over all its nodes.
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from photon.estimate import expected_nodes, node_state_bytes, outer_state_bytes
+from photon.estimate import evaluation_tokens, expected_nodes, node_state_bytes, outer_state_bytes
 from photon.plan_bytes import FLOAT32_BYTES, LinkCodecs, RoundBytes, Shape, round_bytes
 from photon.plan_exchange import LinkSpeed, Topology, collective_s, merge_s, star_bits_per_s, transfer_s
 
@@ -157,7 +157,7 @@ def predict_round(
     waves = math.ceil(recipe.nodes_per_round / machine.at_once) if machine.at_once else 1
     state_bytes = node_state_bytes(recipe, parameters, node_bytes.shared)
     node_steps = [(silo.tau or tau or recipe.federation.tau) * recipe.batch_size_of(silo) for silo in recipe.silo]
-    evaluated = recipe.evaluation.sequences * recipe.data.sequence_length / recipe.evaluation.every
+    evaluated = evaluation_tokens(recipe) / recipe.evaluation.every
     phases = dict.fromkeys(PHASES, 0.0)
     phases["control"] = machine.control_s + link.control_round_trips * link.round_trip_s
     if topology == "ps":

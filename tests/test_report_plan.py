@@ -118,7 +118,8 @@ def test_the_table_by_hand(make_events: MakeEvents) -> None:
     own = 0.5 + 4.0 + 0.25 + 0.125
     assert found[TRANSFER] == pytest.approx((9.0 - own, 9.0 - own))
     assert found["node: train"] == pytest.approx((4.0, 4.0))
-    assert found["node: score held-out text"] == pytest.approx((1.5, 1.5))  # in rounds 3 and 5 of 3, 4, 5, 6
+    # In rounds 3 and 5 of 3, 4, 5, 6; 600 tokens, of which it trains 800 a second.
+    assert found["node: score held-out text"] == pytest.approx((600 / (3 * 800) / 2, 1.5))
     assert found["node: decode, load"] == pytest.approx((size / DECODE_BYTES_PER_S, 0.5))
     assert found["Aggregator: verify, merge"] == pytest.approx((3 * size / MERGE_BYTES_PER_S, 0.75))
     assert found["Aggregator: commit"] == pytest.approx((size / DISK_BYTES_PER_S, 0.25))
@@ -135,6 +136,32 @@ def test_the_prediction_knows_nothing_of_the_rounds_that_it_is_compared_with(mak
     # It can fail: from the second round it does take something.
     assert rows(recorded(make_events, {2: 3.0}), recipe())["node: train"] == pytest.approx((12.0, 4.0))
     assert rows(recorded(make_events, {1: 3.0}), recipe())["node: train"] == calm["node: train"]
+
+
+def test_scoring_is_that_of_the_second_round_and_not_of_the_first_that_starts_everything_up(
+    make_events: MakeEvents,
+) -> None:
+    def scored(seconds: dict[int, float], text: str) -> float:
+        events = [
+            event.model_copy(
+                update={
+                    "nodes": {
+                        name: node.model_copy(update={"evaluation_seconds": seconds.get(event.round, 0.0)})
+                        for name, node in event.nodes.items()
+                    }
+                }
+            )
+            if isinstance(event, RoundDone)
+            else event
+            for event in recorded(make_events)
+        ]
+        return rows(events, text)["node: score held-out text"][0]
+
+    often = recipe().replace("every = 2", "every = 1")
+    assert scored(dict.fromkeys(range(1, 7), 0.5), often) == pytest.approx(0.5)
+    assert scored({1: 9.0, 2: 0.5}, often) == pytest.approx(0.5)
+    assert scored({1: 9.0, 3: 0.5}, recipe()) == pytest.approx(0.25 / 2)
+    assert scored({1: 0.125, 3: 0.5}, recipe()) == pytest.approx(0.125 / 2)  # faster than is assumed, even so
 
 
 def test_nodes_that_queue_for_two_workers(make_events: MakeEvents) -> None:

@@ -10,7 +10,7 @@ from statistics import fmean
 from photon.config import Recipe
 from photon.devices import assumed_speed
 from photon.errors import ConfigError
-from photon.estimate import Shared
+from photon.estimate import Shared, evaluation_tokens
 from photon.events import NodeRound, RoundDone, RunStarted
 from photon.plan_bytes import FLOAT32_BYTES, RoundBytes, Turn
 from photon.plan_exchange import LinkSpeed
@@ -47,7 +47,8 @@ def predicted_and_measured(start: RunStarted, rounds: Mapping[int, RoundDone], r
     """A mean round from the third on. None where a run has too few rounds, or recorded no such phases.
 
     Of the rounds that are predicted only tau enters the prediction: speeds of training and scoring, and what messages
-    and transfer take, are those of the second round; the rest follows from rates that `photon.devices` assumes.
+    and transfer take, are those of the second round; the rest follows from rates that `photon.devices` assumes. So does
+    scoring where the second round has none, unless the first was faster.
     """
     later = [event for number, event in rounds.items() if number >= _FIRST_MEASURED]
     if not later or not {1, 2} <= rounds.keys() or any("merge" not in event.phases_s for event in rounds.values()):
@@ -115,10 +116,13 @@ def _prediction(
     waves = math.ceil(len(second.nodes) / at_once) if at_once else 1
     second_tau = second.sequential_step - first.sequential_step
     steps = max((silo.tau or second_tau) * recipe.batch_size_of(silo) for silo in recipe.silo)
-    scored = timed["evaluate"] or phases_of(first, at_once)["evaluate"]
+    assumed = assumed_speed(waves * steps * recipe.data.sequence_length / max(timed["train"], 1e-9))
+    # The first round's scoring holds what starting up takes: it is at most so slow.
+    scored_s = timed["evaluate"] or phases_of(first, at_once)["evaluate"]
+    scoring = waves * evaluation_tokens(recipe) / max(scored_s, 1e-9)
     machine = replace(
-        assumed_speed(waves * steps * recipe.data.sequence_length / max(timed["train"], 1e-9)),
-        evaluation_tokens_per_s=waves * recipe.evaluation.sequences * recipe.data.sequence_length / max(scored, 1e-9),
+        assumed,
+        evaluation_tokens_per_s=scoring if timed["evaluate"] else max(scoring, assumed.evaluation_tokens_per_s),
         control_s=timed[_TRANSFER],
         at_once=at_once,
     )

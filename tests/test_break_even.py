@@ -54,7 +54,7 @@ def test_a_federation_pays_where_its_plan_is_the_shorter_one(
 
 
 def test_a_federation_that_trains_less_and_sends_more_pays_from_a_bandwidth_on() -> None:
-    """With rounds of one step it sends 6 bytes a parameter and step, per-step training 4.4; it trains for nine tenths as long."""
+    """A parameter and step it sends 6 bytes, per-step training 4.4; it trains nine tenths as long."""
     link = replace(link_of(GBIT), handshakes=0, control_round_trips=0)
     question = replace(question_of(recipe_of(tau=1), link, baseline=Baseline(0.9)), machine=ideal_speed(1e4))
     even = answer(question).break_even

@@ -157,7 +157,7 @@ def open_run(folder: RunFolder) -> Run:
 def load_trained(folder: RunFolder, round_index: int | None = None) -> tuple[Run, LanguageModel, GlobalState]:
     """A run's global model of a committed round, by default the newest, on the CPU.
 
-    Raises InputError if `folder` is no run, StateError if there is no such round or it is damaged.
+    Raises InputError if `folder` is no run or has no such round, StateError if that is damaged.
     """
     folder.identity()
     run = open_run(folder)

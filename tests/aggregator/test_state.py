@@ -20,7 +20,7 @@ from photon.aggregator.state import (
 )
 from photon.aggregator.trust import Charge
 from photon.durable import STATE_FILE, NumberedStates
-from photon.errors import StateError
+from photon.errors import InputError, StateError
 from photon.link.body import Body, FileBody, pieces
 from photon.link.ledger import Flow, Traffic
 from photon.link.tensors import encode_tensors, sha256_hex, tensor_chunks
@@ -120,7 +120,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_round_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="holds no committed round"):
         RoundStore(tmp_path / "nothing", 2, 0).load("r")
-    with pytest.raises(StateError, match=r"there is no state 1.*rounds: \[2, 3, 4\].*--round"):
+    with pytest.raises(InputError, match=r"no committed round 1 .*--round is one of \[2, 3, 4\]"):
         store(tmp_path).load("r", 1)
 
 

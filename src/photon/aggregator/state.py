@@ -12,7 +12,7 @@ from torch import Tensor
 from photon.aggregator.norms import NormHistory
 from photon.aggregator.trust import Charge
 from photon.durable import Chunk, Draft, NumberedStates, kept_numbers
-from photon.errors import StateError
+from photon.errors import InputError, StateError
 from photon.link.body import Body, FileBody, pieces, whole_file
 from photon.link.ledger import Traffic
 from photon.link.tensors import decode_tensors, sha256_hex, tensor_chunks
@@ -125,7 +125,8 @@ class RoundStore:
         return whole_file(self._states.folder(round_index) / MESSAGE_FILE)
 
     def load(self, run: str | None, round_index: int | None = None) -> GlobalState:
-        """The newest state, or the one asked for. Raises StateError if it is damaged, foreign or absent.
+        """The newest state, or the one asked for. Raises StateError if it is damaged or foreign, or if there is none at
+        all, and InputError if the one asked for is not there.
 
         A damaged newest state is never skipped silently: the error names the good rounds to ask for.
         """
@@ -133,6 +134,8 @@ class RoundStore:
         if not rounds:
             raise StateError(f"{self._states.root} holds no committed round")
         wanted = rounds[-1] if round_index is None else round_index
+        if wanted not in rounds:
+            raise InputError(f"there is no committed round {wanted} in {self._states.root}: --round is one of {rounds}")
         try:
             committed = self._states.load(wanted)
             progress = _PROGRESS.validate_python(committed.fields)

@@ -235,7 +235,7 @@ def break_even(
     wins_low = wins(low)
     if wins_low == wins(high):
         return (math.inf, 0.0) if wins_low else (0.0, math.inf)
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if wins(middle) == wins_low else (low, middle)
     return (float(10.0**low), math.inf) if wins_low else (0.0, float(10.0**high))

@@ -233,6 +233,22 @@ def test_scores_that_nobody_gives_end_no_run(tmp_path: Path, monkeypatch: pytest
     assert "asleep" in notes[0]
 
 
+def test_an_owner_that_cannot_score_the_final_model_costs_its_own_score_alone(tmp_path: Path) -> None:
+    """All must answer in a round; but after the last one there is no round to fail."""
+    asked: list[int] = []
+
+    def network(arrivals: list[Arrival]) -> list[Delivery]:
+        asked.append(len(arrivals))
+        return [(0.0, Lost(a.node, "asleep")) if a.node == "ada" and len(asked) > 1 else (5.0, a) for a in arrivals]
+
+    federation = Federation(tmp_path, tiny_recipe(federation={"rounds": 1, "quorum": 1.0}), network)
+    federation.run()
+    assert [(event.round, sorted(event.silos)) for event in federation.evaluations()] == [
+        (0, ["ada", "bob", "cyd"]),
+        (1, ["bob", "cyd"]),
+    ]
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     done = Federation(tmp_path, recipe).run()

@@ -86,6 +86,7 @@ class Exchange:
         self._waiting: dict[str, Task] = {}
         self._asked: set[str] = set()
         self._counted: set[str] = set()
+        self._trains = False
         self.missing: dict[str, str] = {}
         self.refused: dict[str, str] = {}
 
@@ -95,7 +96,8 @@ class Exchange:
             self._send(task, told)
         self._asked = set(tasks)
         train = {node for node, (task, _) in tasks.items() if task.tau > 0}
-        self._counted = train if train or self._late.tasks else self._asked
+        self._trains = bool(train or self._late.tasks)
+        self._counted = train if self._trains else self._asked
 
     def _send(self, task: Task, told: Told) -> None:
         message = seal(task, told.body)
@@ -185,9 +187,12 @@ class Exchange:
 
     @property
     def _is_hopeless(self) -> bool:
-        """Whether too many have failed already: waiting for the others would only cost time."""
+        """Whether too many have failed already: waiting for the others would only cost time.
+
+        Never where scores alone are asked for: each of them is good without the others.
+        """
         late = len(self._late.tasks) + self._usable_late
-        return len(self._counted - self.missing.keys()) + late < self.quorum
+        return self._trains and len(self._counted - self.missing.keys()) + late < self.quorum
 
     def complaint(self) -> str:
         """What is to be said if the quorum was not met."""

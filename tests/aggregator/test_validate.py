@@ -82,6 +82,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "no report": (lambda m: edited(m, training=None), "no training report"),
     "no scores": (lambda m: edited(m, evaluation=None), "no evaluation report"),
     "scores of nothing": (lambda m: edited(m, evaluation={"tokens": 0}), "no evaluation report"),
+    "tokens of next to no text": (lambda m: edited(m, evaluation={"text_bytes": 5e-324}), "claims 4.94066e-324 bytes"),
     "an age to score": (lambda m: edited(m, evaluation={"seconds": 1.7e308}), "took 1.7e+308 seconds to score"),
     "scored before it began": (lambda m: edited(m, evaluation={"seconds": -1.0}), "took -1 seconds to score"),
     "no tokens": (report(tokens=0), "claims 0 tokens"),

@@ -18,7 +18,8 @@ from photon.errors import ReplyRefusedError
 from photon.link.tensors import sha256_hex
 from photon.link.update import EvaluationReport, Message, Reply, Task, TrainingReport, expect_reply
 
-# Nats, or bytes of text, that one held-out token may stand for: far beyond any model or tokenizer.
+# Nats, or bytes of text, that one held-out token may stand for, and tokens that a byte may: far beyond any model or
+# tokenizer.
 MAX_PER_TOKEN = 1e4
 _MOST_SECONDS = 1e9  # 31 years, and means of many are still finite numbers
 # What a report says for the record alone must not spoil the record: sums and means of it stay finite numbers.
@@ -120,6 +121,8 @@ def evaluation_report(reply: Reply, max_tokens: int) -> EvaluationReport:
     for name in ("nats", "unigram_nats", "text_bytes"):
         if not 0 <= getattr(report, name) <= MAX_PER_TOKEN * report.tokens:
             raise ReplyRefusedError(f"claims {getattr(report, name):g} {name} for {report.tokens} tokens")
+    if report.text_bytes * MAX_PER_TOKEN < report.tokens:  # bits a byte would be infinite
+        raise ReplyRefusedError(f"claims {report.text_bytes:g} bytes of text for {report.tokens} tokens")
     if not 0 <= report.seconds <= _MOST_SECONDS:
         raise ReplyRefusedError(f"took {report.seconds:g} seconds to score; it is from 0 to {_MOST_SECONDS:g}")
     return report

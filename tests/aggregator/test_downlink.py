@@ -130,20 +130,21 @@ def test_whole_models_are_told_whole_to_everybody(options: dict[str, Any], tmp_p
 
 @pytest.mark.parametrize("of", ["difference", "weights"])
 @pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
-def test_the_share_of_what_was_left_out_stays_in_the_exact_model(of: str, decay: float) -> None:
+@pytest.mark.parametrize("exact", [(), ("b",)])
+def test_the_share_of_what_was_left_out_stays_in_the_exact_model(of: str, decay: float, exact: tuple[str]) -> None:
     """weights = base + decay * (weights before - base); and all of it can be committed and restored."""
-    config = link(down=["int4(block=32)"], of=of, down_feedback=decay)
+    config = link(down=["int4(block=32)"], of=of, down_feedback=decay, exact_tensors=list(exact))
     sender = Sender(config)
     for seed in range(1, 8):
         intended = {name: sender.weights[name] + 0.1 * tensor for name, tensor in model(seed).items()}
         sender.move(seed)
         base = decode_tensors(sender.base)
         left = {name: intended[name] - base[name] for name in base}
-        assert all(float(tensor.abs().max()) > 1e-4 for tensor in left.values())
+        assert all((float(tensor.abs().max()) > 1e-4) == (name not in exact) for name, tensor in left.items())
         for name in base:
             assert torch.allclose(sender.weights[name], base[name] + decay * left[name], atol=1e-6)
             assert not torch.allclose(sender.weights[name], base[name] + (1 - decay) * left[name], atol=1e-4) or (
-                decay == 0.5
+                decay == 0.5 or name in exact
             )
         state = sender.downlink.export_state(sender.weights)
         assert encode_tensors(dict(Downlink.exact_weights(state, sender.base))) == encode_tensors(sender.weights)

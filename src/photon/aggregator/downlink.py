@@ -111,10 +111,10 @@ class Downlink:
         tensors = rebuild(wire, self._codec, self.stage_bytes)
         for name, tensor in tensors:
             if self.is_lossy and self._decay < 1 and name in told:
-                if self._decay:
+                if not self._decay:
+                    weights[name].copy_(tensor)  # to the last bit: the sum below loses the sign of a zero
+                elif not self._codec.of(name).is_lossless:  # else nothing is left out, and they may be one tensor
                     weights[name].sub_(tensor).mul_(self._decay).add_(tensor)
-                else:
-                    weights[name].copy_(tensor)  # to the last bit: the sum above loses the sign of a zero
             yield name, tensor
 
     def _encode(self, weights: Mapping[str, Tensor], base: Body, seed: str, told: Collection[str]) -> dict[str, Tensor]:

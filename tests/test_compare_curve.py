@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from photon.compare_curve import Moment, Spread, bytes_of, is_finished, mean_moment, reached, read_run
-from photon.events import Event
+from photon.events import Evaluated, Event
 from photon.recipe import load_recipe
 from photon.summary import summarise
 from photon.track import JsonlSink
@@ -109,6 +109,20 @@ def test_a_run_is_read_from_its_record(tmp_path: Path, make_events: MakeEvents) 
     assert [moment.sequential_steps for moment in result.curve] == [0, 32, 64, 96]
     assert result.loss == scores[-1].pooled.loss
     assert (result.seed, result.folder, result.tokens) == (7, "runs/x", 6 * 3 * 1000 * 16)
+
+
+@pytest.mark.parametrize("lost", ["all", "one"])
+def test_the_score_of_another_model_or_of_fewer_owners_is_not_the_final_one(
+    lost: str, tmp_path: Path, make_events: MakeEvents
+) -> None:
+    events = make_events(rounds=6, every=2)
+    score = next(event for event in reversed(events) if isinstance(event, Evaluated))
+    events.remove(score)
+    fewer = score.model_copy(update={"silos": dict(list(score.silos.items())[1:])})
+    write(tmp_path / "run", [fewer, *events] if lost == "one" else events)
+    result = read_run(tmp_path / "run", load_recipe("demo"), 7, "runs/x")
+    assert result.loss is None
+    assert "remove" in result.failure
 
 
 def test_an_unfinished_run_is_not_finished(tmp_path: Path, make_events: MakeEvents) -> None:

@@ -42,8 +42,8 @@ class RunResult(Closed):
 
     seed: int
     folder: str = Field(description="Of the run, in the comparison's folder.")
-    failure: str = Field("", description="Why it did not finish; empty if it did.")
-    loss: float | None = Field(None, description="Held-out loss of the final model; null if it did not finish.")
+    failure: str = Field("", description="Why it did not finish, or cannot be compared; else empty.")
+    loss: float | None = Field(None, description="Held-out loss of the final model; null if it failed.")
     tokens: int = Field(0, description="Really trained on.")
     sequential_steps: int = 0
     bytes_up: int = 0
@@ -77,16 +77,23 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_run(folder: Path, recipe: Recipe, seed: int, name: str) -> RunResult:
-    """The numbers of a finished run. Raises StateError if its record is damaged."""
+    """The numbers of a finished run; without a loss if its final model lacks the score of an owner.
+
+    Raises StateError if its record is damaged.
+    """
     events = read_events(folder / METRICS_FILE)
     summary = summarise(events)
     evaluations = sorted((event for event in events if isinstance(event, Evaluated)), key=lambda event: event.round)
     curve = [_moment(event, recipe, summary) for event in evaluations]
+    owners = {owner for event in evaluations for owner in event.silos}
+    final = next((event for event in evaluations if event.round == summary.rounds), None)
+    is_scored = final is not None and owners <= final.silos.keys()
     bytes_up, bytes_down = bytes_of(recipe, summary, summary.sequential_steps, (summary.bytes_up, summary.bytes_down))
     return RunResult(
         seed=seed,
         folder=name,
-        loss=curve[-1].loss if curve else None,
+        failure="" if is_scored else f"not every owner scored the final model; remove {folder} and compare again",
+        loss=final.pooled.loss if final is not None and is_scored else None,
         tokens=summary.tokens,
         sequential_steps=summary.sequential_steps,
         bytes_up=bytes_up,

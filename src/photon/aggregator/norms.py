@@ -134,7 +134,7 @@ class NormBound:
         if not norm <= limit:
             raise ReplyRefusedError(
                 f"its update of {steps} local steps has norm {norm:.4g}; {limit:.4g} is the most that "
-                "federation.norm_bound allows in this round"
+                "federation.norm_bound allows in this round (if it is honest: false in the recipe, and resume)"
             )
 
     def entry(self, norm: float, steps: int) -> tuple[float, int]:

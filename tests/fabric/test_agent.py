@@ -60,6 +60,7 @@ class Desk:
     def __init__(self) -> None:
         self.stands = Standing()
         self.offered: list[bytes] = []
+        self.refused: list[str] = []
         self.is_busy = True
         self.handed_in = 0
 
@@ -72,6 +73,9 @@ class Desk:
 
     def offer(self, head: bytes, base_bytes: int) -> None:
         self.offered.append(head)
+
+    def refuse(self, head: bytes, reason: str) -> None:
+        self.refused.append(reason)
 
 
 @pytest.fixture
@@ -213,6 +217,21 @@ def test_who_is_outside_its_hours_trains_no_further(
     fleet.questions = [question(1, "n1")]
     one._turn()
     assert desk.handed_in == handed_in
+
+
+@pytest.mark.parametrize(("used", "taken"), [(8, False), (7, True)])
+def test_the_bytes_of_a_day_hold_what_goes_up_for_a_base_that_comes_as_nothing(
+    used: int, taken: bool, node: tuple[Agent, Fleet, Desk]
+) -> None:
+    one, fleet, desk = node
+    one._options = replace(one._options, site=SiteConfig(text=["x"], caps=Caps(bytes_per_day="10B")))
+    desk.stands = replace(DONE, body_bytes=3)  # it knows how much it sent the last time
+    fleet.questions = [question(1)]
+    one._turn()
+    one._count(used)
+    fleet.questions = [question(2, "n2")]
+    one._turn()
+    assert (len(desk.offered), len(desk.refused)) == (int(taken), int(not taken))
 
 
 def test_a_disk_that_is_full_costs_no_node_its_place(

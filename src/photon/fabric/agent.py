@@ -93,6 +93,7 @@ class Agent:
         self._traffic_lock = Lock()
         self._today = datetime.now().date()
         self._bytes_today = options.home.bytes_of(self._today)
+        self._largest_update_bytes = 0
         self._leave_by: float | None = None
         self._told_down = False
         self._told = ""  # nonce of the finished task that was told to the Aggregator
@@ -215,7 +216,8 @@ class Agent:
                 self._errands.drop(ask.dropped)
             if not head or self._leaving.is_set():
                 return
-            resting = self._resting(2 * ask.base_bytes)
+            # What goes up may be larger than what comes down: a base that the node holds comes as nothing.
+            resting = self._resting(ask.base_bytes + max(ask.base_bytes, self._largest_update_bytes))
             if resting and self._errands.standing().phase in ("idle", "done"):
                 self._errands.refuse(head, f"CapReachedError: {resting}")
             else:
@@ -247,6 +249,7 @@ class Agent:
         self._fleet.reply(question, status_content(status, standing.head if standing else b""))
         if standing is not None and standing.phase == "done":
             self._told = standing.nonce
+            self._largest_update_bytes = max(self._largest_update_bytes, standing.body_bytes)
 
     # The run, and its preparation.
 

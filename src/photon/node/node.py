@@ -198,9 +198,7 @@ class Node:
             weights=own,
         )
         report = _report(local, self.site.stream.epoch(after.position), watch)
-        outcome = self._outcome(task, report, evaluation, after.position, sent.wire)
-        if on_update is not None and isinstance(outcome.body, FileBody):
-            on_update(outcome.body, outcome.body_sha256)
+        outcome = self._outcome(task, report, evaluation, after.position, sent.wire, on_update)
         # Committed before it is handed in: an Aggregator that counts this update must find the node ready for the next
         # round. If the update is lost instead, the round is asked for again and starts from the state before.
         self.trainer.committed_sha256 = self.site.store.commit(after, task.round + 1)
@@ -284,11 +282,14 @@ class Node:
         evaluation: EvaluationReport | None,
         position: int,
         update: dict[str, Tensor],
+        on_update: OnUpdate | None,
     ) -> _Outcome:
         if self.site.replies is None:
             body = encode_tensors(update)
             return _Outcome(report, body, sha256_hex(body))
         stored = self.site.replies.commit(task, report, evaluation, self.codec.name, position, tensor_chunks(update))
+        if on_update is not None:
+            on_update(stored.body, stored.body_sha256)
         return _Outcome(report, stored.body, stored.body_sha256)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from photon.data.shards import ShardReader
 from photon.link.update import EvaluationReport
-from photon.node.trainer import Trainer
+from photon.node.trainer import Trainer, TrainingError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def held_out(reader: ShardReader, sequence_length: int, max_sequences: int) -> H
 
 
 def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> EvaluationReport:
-    """Held-out sums of the trainer's current weights over all `parts`."""
+    """Held-out sums of the trainer's current weights over all `parts`. Raises TrainingError if they are not finite."""
     began = time.monotonic()
     nats, tokens, text_bytes, unigram_nats = 0.0, 0, 0.0, 0.0
     for part in parts:
@@ -37,6 +38,11 @@ def score(trainer: Trainer, parts: Iterable[HeldOut], batch_size: int) -> Evalua
         tokens += part_tokens
         text_bytes += part_tokens * part.bytes_per_token
         unigram_nats += part_tokens * part.unigram_loss
+    if not math.isfinite(nats):
+        raise TrainingError(
+            f"the model has diverged: its held-out loss is {nats / max(1, tokens)}. Go back to an earlier round "
+            "(--round), and lower node.lr, node.muon_lr or federation.outer_lr"
+        )
     return EvaluationReport(
         nats=nats,
         tokens=tokens,

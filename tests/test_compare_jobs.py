@@ -187,7 +187,8 @@ def test_a_run_that_another_process_holds_is_waited_for(tmp_path: Path, trainer:
     assert len(trainer.calls()) == 1
 
 
-def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path: Path, trainer: Trainer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path, trainer: Trainer) -> None:
     (trainer.folder / "__main__.py").write_text(
         "import pathlib, sys, time\npathlib.Path(sys.argv[-1]).mkdir(parents=True)\n"
         "try:\n    time.sleep(200)\nexcept KeyboardInterrupt:\n    (pathlib.Path(sys.argv[-1]) / 'told').touch()\n"
@@ -207,7 +208,7 @@ def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(tmp_path: Path, trainer: Tr
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("runs/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert StoppedError.__name__ in said
     assert "Go on with: photon compare again" in said

@@ -26,6 +26,7 @@ from photon.durable import only_process, write_atomic
 from photon.errors import InputError, StoppedError
 from photon.readable import one_line
 from photon.recipe import dump_recipe
+from photon.stopsignals import sigterm_as_ctrl_c
 
 RUNS, RECIPES, LOGS = "runs", "recipes", "logs"
 _POLL_S = 0.2
@@ -65,13 +66,15 @@ class Runner:
     def run(self, jobs: Sequence[Job], title: str) -> None:
         """Bring all jobs to their end; those that fail are told in `failures`, the others go on.
 
-        Raises InputError if a job was refused (a missing text or device: all would be), StoppedError on Ctrl-C.
+        Raises InputError if a job was refused (a missing text or device: all would be), StoppedError on Ctrl-C or
+        SIGTERM.
         """
         unique = list({job.key: job for job in jobs}.values())
         waiting = [job for job in unique if job.key not in self.failures and not is_finished(self.folder(job))]
         running: list[_Running] = []
         free = list(self.slots)
-        with Progress(self.console, title, unique, {job.key for job in waiting}) as progress:
+        shown = Progress(self.console, title, unique, {job.key for job in waiting})
+        with sigterm_as_ctrl_c(), shown as progress:
             try:
                 while waiting or running:
                     while waiting and free:

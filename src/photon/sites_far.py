@@ -34,6 +34,7 @@ from photon.results import show_results
 from photon.run import Run, Setting, embedding_rows, open_run, run_to_end, write_results
 from photon.runfolder import RunFolder
 from photon.status_board import StatusBoard
+from photon.stopsignals import sigterm_as_ctrl_c
 from photon.track import Tracker, read_events
 
 _MAX_FAILURES = 10  # of the round loop in a row, without a round committed between
@@ -71,7 +72,7 @@ def aggregate(folder: RunFolder, keys: Path, host: str, port: int) -> None:
         return
     hub = Hub(folder)
     hub.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with only_process(hub.path / "lock", f"{folder.path} has a photon aggregator already"), _stop_signals():
+    with only_process(hub.path / "lock", f"{folder.path} has a photon aggregator already"), sigterm_as_ctrl_c():
         hub.prepare(recipe, keys, host, port)
         supervisor = Supervisor(hub.children())
         try:
@@ -175,20 +176,6 @@ def _ending(code: int) -> str:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM, as systemd sends it, means what Ctrl-C means."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _open_hub_fabric(run: Run, payload_bytes: int, tracker: Tracker) -> Iterator[Fabric]:
     with hub_fabric(Hub(run.folder), run, payload_bytes, tracker) as fabric:
         yield fabric
@@ -205,7 +192,7 @@ def main() -> None:
         end_with(arguments.socket)
     folder = RunFolder(arguments.run)
     try:
-        with _stop_signals(), open_display(sys.stdout) as display, folder.lock():
+        with sigterm_as_ctrl_c(), open_display(sys.stdout) as display, folder.lock():
             for note in folder.changes():
                 display.note(note)
             run = open_run(folder)

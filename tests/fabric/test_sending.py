@@ -104,6 +104,16 @@ def test_what_is_left_stops_at_its_next_piece(wire: Wire) -> None:
     assert wire.whole == []
 
 
+def test_what_is_left_ends_though_nothing_moves(tmp_path: Path) -> None:
+    """Where nobody answers no piece is ever moved, and what comes next would wait until its deadline."""
+    body = tmp_path / "body"
+    body.write_bytes(b"abc")
+    upload = Sending(Site(tmp_path).client(port=1), 1)
+    upload.begin(sha256(b"abc"), whole_file(body), 1e6, lambda count: None)
+    upload.leave()
+    until_none_runs()
+
+
 def until_none_runs() -> None:
     for thread in threading.enumerate():
         if thread.name == "photon-sending":

@@ -52,9 +52,9 @@ def download(
 ) -> int:
     """Fetch a published blob into the file `target`; the bytes that came over the wire for it, 0 if it is there.
 
-    `on_bytes` is told of each piece, on any thread. What came stays beside `target`, and the next call goes on with it.
-    Raises LinkRefusedError; LinkDownError if it is not whole after `deadline_s`, however often the connection broke;
-    OSError of the own disk.
+    `on_bytes` is told of each piece, on any thread, and of 0 bytes before each pass; what it raises ends it. What came
+    stays beside `target`, and the next call goes on with it. Raises LinkRefusedError; LinkDownError if it is not whole
+    after `deadline_s`, however often the connection broke; OSError of the own disk.
     """
     transfer = _Download(client, sha256, target, streams, deadline_s, on_bytes)
     try:
@@ -145,6 +145,8 @@ class _Transfer(ABC):
         """Pass over the parts until the whole is verified, or the deadline is over, or it is refused."""
         pause_s, reached, mismatches = _FIRST_PAUSE_S, -1, 0
         while not self.arrived():
+            if self._on_bytes is not None:
+                self._on_bytes(0)  # while nothing moves, nobody else would ask whether it is still wanted
             try:
                 location = self.locate()
                 have = sum(self.done(location))

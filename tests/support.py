@@ -132,6 +132,8 @@ class InlineFabric:
         self.sent: list[tuple[str, bytes]] = []
         self.received: list[tuple[str, bytes]] = []
         self.abandoned: list[str] = []
+        self.foretells = False
+        self.foretold: list[tuple[str, bytes]] = []
         self._tasks: list[tuple[str, bytes]] = []
         self._coming: list[tuple[float, int, FabricEvent]] = []
         self._ticket = itertools.count()
@@ -144,6 +146,10 @@ class InlineFabric:
         """Keep the task until the Aggregator waits for an answer."""
         self.sent.append((node, message.joined()))
         self._tasks.append((node, message.joined()))
+
+    def foretell(self, node: str, message: Sealed) -> None:
+        """Remember it."""
+        self.foretold.append((node, message.joined()))
 
     def receive(self, timeout_s: float) -> FabricEvent | None:
         """The next event that the network lets through within `timeout_s`; the clock moves, nobody waits."""

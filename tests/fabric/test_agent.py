@@ -60,6 +60,7 @@ class Desk:
     def __init__(self) -> None:
         self.stands = Standing()
         self.offered: list[bytes] = []
+        self.coming: list[tuple[bytes, int] | None] = []
         self.refused: list[str] = []
         self.is_busy = True
         self.handed_in = 0
@@ -71,8 +72,9 @@ class Desk:
         self.handed_in += 1
         return self.is_busy
 
-    def offer(self, head: bytes, base_bytes: int) -> None:
+    def offer(self, head: bytes, base_bytes: int, coming: tuple[bytes, int] | None) -> None:
         self.offered.append(head)
+        self.coming.append(coming)
 
     def refuse(self, head: bytes, reason: str) -> None:
         self.refused.append(reason)
@@ -93,14 +95,22 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Agen
 
 
 def question(
-    number: int, task: str = "", *, wait_s: float = 0.0, run_id: int = 1, recipe_sha256: str = RECIPE
+    number: int,
+    task: str = "",
+    *,
+    wait_s: float = 0.0,
+    run_id: int = 1,
+    recipe_sha256: str = RECIPE,
+    coming: bytes = b"",
+    coming_bytes: int = 0,
 ) -> Question:
-    """One with the task of that nonce in it, or with none."""
+    """One with the task of that nonce in it, or with none; and what comes after it."""
     head = b""
     if task:
         fields: dict[str, Any] = {"run": "r", "round": 3, "node": "ada", "nonce": task, "base_sha256": "a" * 64}
         head = seal(Task(**fields, evaluate=False, sequential_step=12, tau=4, nodes=2, deadline_s=60.0), b"").head
-    content = ask_content(Ask(run="r", recipe_sha256=recipe_sha256, wait_s=wait_s), head)
+    ask = Ask(run="r", recipe_sha256=recipe_sha256, wait_s=wait_s, coming_bytes=coming_bytes)
+    content = ask_content(ask, head, coming)
     return Question(f"q{number}", run_id, 0.0, 60.0, time.monotonic(), content)
 
 
@@ -232,6 +242,23 @@ def test_the_bytes_of_a_day_hold_what_goes_up_for_a_base_that_comes_as_nothing(
     fleet.questions = [question(2, "n2")]
     one._turn()
     assert (len(desk.offered), len(desk.refused)) == (int(taken), int(not taken))
+
+
+@pytest.mark.parametrize(("used", "told"), [(1, True), (2, False)])
+def test_what_comes_next_is_begun_early_only_if_the_day_has_bytes_for_it(
+    used: int, told: bool, node: tuple[Agent, Fleet, Desk]
+) -> None:
+    """The task itself needs 3 up; what comes 3 down and 3 up. When it is asked for, it is refused as any other."""
+    one, fleet, desk = node
+    one._options = replace(one._options, site=SiteConfig(text=["x"], caps=Caps(bytes_per_day="10B")))
+    desk.stands = replace(DONE, body_bytes=3)
+    fleet.questions = [question(1)]
+    one._turn()
+    one._count(used)
+    fleet.questions = [question(2, "n2", coming=b"next", coming_bytes=3)]
+    one._turn()
+    assert len(desk.offered) == 1
+    assert desk.coming == [(b"next", 3) if told else None]
 
 
 def test_a_disk_that_is_full_costs_no_node_its_place(

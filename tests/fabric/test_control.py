@@ -17,6 +17,7 @@ from photon.fabric.control import (
     NodeStatus,
     ask_content,
     read_ask,
+    read_coming,
     read_status,
     status_content,
 )
@@ -53,14 +54,25 @@ statuses = st.builds(
     tokens_available=naturals,
     tokens_per_second=numbers,
 )
-ASK = {"version": 1, "run": "r", "recipe_sha256": "a" * 64, "wait_s": 1.0, "base_bytes": 7, "dropped": ""}
+ASK = {
+    "version": 1,
+    "run": "r",
+    "recipe_sha256": "a" * 64,
+    "wait_s": 1.0,
+    "base_bytes": 7,
+    "coming_bytes": 5,
+    "dropped": "",
+}
 STATUS = {"version": 1, "photon": "0", "state": "ready"}
 
 
 @settings(deadline=None)
-@given(asks, st.binary(max_size=100))
-def test_a_question_arrives_as_it_was_asked(ask: Ask, head: bytes) -> None:
-    assert read_ask(ask_content(ask, head)) == (ask, head)
+@given(asks, st.binary(max_size=100), st.binary(max_size=100))
+def test_a_question_arrives_as_it_was_asked(ask: Ask, head: bytes, coming: bytes) -> None:
+    content = ask_content(ask, head, coming)
+    assert read_ask(content) == (ask, head)
+    assert read_coming(content) == coming
+    assert read_coming(ask_content(ask, head)) == b""
 
 
 @settings(deadline=None)
@@ -94,6 +106,16 @@ def test_junk_is_refused_and_never_anything_but_a_wire_error(content: dict[str, 
     for read in (read_ask, read_status):
         with pytest.raises(WireError):
             read(content)
+
+
+@settings(deadline=None)
+@given(values)
+def test_what_comes_next_is_bytes_or_refused(value: Any) -> None:
+    if isinstance(value, bytes):
+        assert read_coming({"coming": value}) == value
+    else:
+        with pytest.raises(WireError, match="not bytes"):
+            read_coming({"coming": value})
 
 
 @settings(deadline=None)

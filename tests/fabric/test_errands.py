@@ -7,38 +7,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tests.fabric.gateways import sha256
+from tests.fabric.gateways import sha256, some_bytes
 
 from photon.errors import WireError
-from photon.fabric import errands, sending
-from photon.fabric.errands import Errands, Standing
-from photon.fabric.home import NodeHome, PreparedRun
+from photon.events import NodeProgress
+from photon.fabric import crossing, training
+from photon.fabric.errands import Errands
+from photon.fabric.home import NodeHome
+from photon.fabric.job import Job, Standing
 from photon.fabric.process import Replied, Signal, WorkerProcess, Written
+from photon.fabric.training import Training
 from photon.link.body import FileBody, whole_file
 from photon.link.client import GatewayClient, LinkDownError
 from photon.link.update import EMPTY_SHA256, Reply, Sealed, Task, decode_message, expect_reply, expect_task, seal
+from photon.node.device import WorkerPlan
+from photon.node.node import failure_reply
+from photon.runfolder import RunFolder
 
 DEADLINE_S = 10.0
+
+
+class Trainer(Training):
+    """A trainer whose workers are what `worker` makes of the queue that they speak on; at first there is none."""
+
+    def __init__(self, worker: Callable[[Callable[[Signal], None]], Any] = lambda put: None) -> None:
+        super().__init__(RunFolder(Path("/nowhere")), WorkerPlan("cpu", 1))
+        self._make = worker
+
+    def _start(self) -> WorkerProcess:
+        self.end()
+        worker = self._make(lambda signal: self._signals.put((worker, signal)))
+        self._worker = worker
+        return cast(WorkerProcess, worker)
 
 
 class Desk(Errands):
     """Errands whose work is done by `work` instead of a trainer at the end of a network."""
 
-    def __init__(self, home: Path, work: Callable[[Task], Sealed]) -> None:
+    def __init__(self, home: Path, work: Callable[[Task], Sealed], training: Training | None = None) -> None:
         self.begun: list[str] = []
         self.news = Event()
         self._work = work
-        prepared = cast(PreparedRun, SimpleNamespace(run="r"))  # nothing else of it is read
-        super().__init__(prepared, NodeHome(home), cast(GatewayClient, None), 1, self.news, lambda count: None)
+        client = cast(GatewayClient, None)
+        super().__init__("r", training or Trainer(), NodeHome(home), client, 1, self.news, lambda count: None)
 
-    def _start_worker(self) -> WorkerProcess:
-        return cast(WorkerProcess, None)
-
-    def _do(self, job: errands._Job) -> Sealed:
+    def _do(self, job: Job) -> Sealed:
         self.begun.append(job.task.nonce)
         self._show(job, phase="training")
         reply = self._work(job.task)
@@ -55,8 +71,10 @@ class Desk(Errands):
 
 
 @contextmanager
-def desk(home: Path, work: Callable[[Task], Sealed], kind: type[Desk] = Desk) -> Iterator[Desk]:
-    opened = kind(home, work)
+def desk(
+    home: Path, work: Callable[[Task], Sealed], kind: type[Desk] = Desk, training: Training | None = None
+) -> Iterator[Desk]:
+    opened = kind(home, work, training)
     try:
         yield opened
     finally:
@@ -166,7 +184,7 @@ def test_for_a_base_that_the_node_has_nothing_is_downloaded(tmp_path: Path) -> N
     bodies: list[object] = []
 
     class Downloading(Desk):
-        def _do(self, job: errands._Job) -> Sealed:
+        def _do(self, job: Job) -> Sealed:
             bodies.append(self._base(job))
             return ok(job.task)
 
@@ -262,32 +280,36 @@ class Hanging:
         pass
 
 
-class HangingDesk(Desk):
-    """Errands with trainers that hang."""
+class Working(Desk):
+    """Errands with a trainer, for tasks whose base is here."""
 
-    def _start_worker(self) -> WorkerProcess:
-        self.workers = [*getattr(self, "workers", []), Hanging()]
-        self._worker = cast(WorkerProcess, self.workers[-1])
-        return self._worker
+    def _do(self, job: Job) -> Sealed:
+        self.begun.append(job.task.nonce)
+        return Errands._do(self, job)
 
-    def _do(self, job: errands._Job) -> Sealed:
-        return self._train(job, b"", time.monotonic() + DEADLINE_S)
+    def _base(self, job: Job) -> bytes:
+        return b""
 
 
 def test_a_trainer_that_hangs_is_ended_when_its_work_is_not_wanted_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the node would take part in no round any more, for as long as it runs."""
-    monkeypatch.setattr(errands, "_OBEY_S", 0.05)
-    monkeypatch.setattr(errands, "_POLL_S", 0.01)
-    with desk(tmp_path, ok, HangingDesk) as here:
-        assert isinstance(here, HangingDesk)
+    monkeypatch.setattr(training, "_OBEY_S", 0.05)
+    monkeypatch.setattr(training, "_POLL_S", 0.01)
+    workers: list[Hanging] = []
+
+    def hanging(put: Callable[[Signal], None]) -> Hanging:
+        workers.append(Hanging())
+        return workers[-1]
+
+    with desk(tmp_path, ok, Working, Trainer(hanging)) as here:
         here.offer(head(task("n1")), 0)
-        until(lambda: here.workers[0].given == ["n1"])
+        until(lambda: workers[0].given == ["n1"])
         here.drop("n1")
-        until(lambda: here.workers[0].is_killed)
+        until(lambda: workers[0].is_killed)
         here.offer(head(task("n2", number=4)), 0)
-        until(lambda: len(here.workers) == 2 and here.workers[1].given == ["n2"])
+        until(lambda: len(workers) == 2 and workers[1].given == ["n2"])
 
 
 class Saving:
@@ -320,55 +342,333 @@ class Saving:
         pass
 
 
-class SavingDesk(Desk):
-    """Errands with a trainer that saves, and a network on which everything arrives."""
-
-    updates: list[Path]
-
-    def _start_worker(self) -> WorkerProcess:
-        self.arrived = Event()
-        worker = cast(
-            WorkerProcess, Saving(lambda signal: self._signals.put((worker, signal)), self.updates, self.arrived)
-        )
-        self._worker = worker
-        return worker
-
-    def _do(self, job: errands._Job) -> Sealed:
-        return Errands._do(self, job)
-
-    def _base(self, job: errands._Job) -> bytes:
-        return b""
-
-
 @pytest.mark.parametrize("written", [["one"], ["other", "one"]], ids=["once", "and other bytes before"])
 def test_an_update_travels_while_the_node_saves_its_own_state(
     written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This trainer would save for ever if its update were sent after it."""
     sent: list[str] = []
-    places: list[SavingDesk] = []
+    arrived = Event()
 
     def upload(client: object, name: str, body: FileBody, *, streams: int, deadline_s: float, on_bytes: Any) -> None:
         on_bytes(len(body))
         assert sha256(body.path.read_bytes()) == name
-        assert places[0].wait("sending", "n1").head == b""  # nothing counts yet
+        assert here.wait("sending", "n1").head == b""  # nothing counts yet
         sent.append(body.path.name)
         if body.path.name == "one":
-            places[0].arrived.set()
+            arrived.set()
 
-    monkeypatch.setattr(sending, "upload", upload)
-    SavingDesk.updates = [tmp_path / name for name in written]
-    for update in SavingDesk.updates:
+    monkeypatch.setattr(crossing, "upload", upload)
+    updates = [tmp_path / name for name in written]
+    for update in updates:
         update.write_text(update.name)
-    with desk(tmp_path / "home", ok, SavingDesk) as here:
-        assert isinstance(here, SavingDesk)
-        places.append(here)
+    saving = Trainer(lambda put: Saving(put, updates, arrived))
+    with desk(tmp_path / "home", ok, Working, saving) as here:
         here.offer(head(task("n1")), 0)
         done = here.wait("done", "n1")
     assert reply_of(done).body_sha256 == sha256(b"one")
     assert done.body_bytes == 3
     assert sent[-1] == "one"
     assert sent.count("one") == 1
+
+
+# --- what is begun before it is asked for ----------------------------------------------------------------------------
+
+
+class Worker:
+    """A trainer that ends a task when it is let, with an update of its own; `heard` is what it was told to do."""
+
+    is_ready, died_idle = True, False
+
+    def __init__(self, put: Callable[[Signal], None], folder: Path) -> None:
+        self._put, self._folder = put, folder
+        self.given: list[int] = []
+        self.heard: list[str] = []
+        self.saved: list[int] = []
+        self.may_end = {number: Event() for number in range(10)}
+
+    def give(self, message: Sealed) -> None:
+        of = expect_task(decode_message(message))
+        self.given.append(of.round)
+        self._put(NodeProgress(node="ada", round=of.round, state="training", step=1, steps=of.tau))
+        Thread(target=self._answer, args=(of, len(self.heard)), daemon=True).start()
+
+    def _answer(self, of: Task, orders_before: int) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not self.may_end[of.round].wait(0.005):
+            assert time.monotonic() < end
+            if "drop" in self.heard[orders_before:]:
+                self._put(Replied(failure_reply(seal(of), "ada", "dropped"), is_last=False))
+                return
+        update = self._folder / f"update-{of.round}"
+        update.write_bytes(some_bytes(100 + of.round, of.round))
+        digest = sha256(update.read_bytes())
+        self._put(Written(whole_file(update), digest))
+        answer = expect_reply(decode_message(ok(of))).model_copy(update={"body_sha256": digest})
+        self.saved.append(of.round)
+        self._put(Replied(Sealed(seal(answer).head, whole_file(update)), is_last=False))
+
+    def ask_to_drop(self) -> None:
+        self.heard.append("drop")
+
+    def ask_to_hand_in(self) -> None:
+        self.heard.append("hand in")
+
+    def kill(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class Net:
+    """The network of one node: what was sent and fetched, and whether it lets anything through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent: list[str] = []
+        self.fetched: list[str] = []
+        self.is_open = Event()
+        monkeypatch.setattr(crossing, "upload", self.upload)
+        monkeypatch.setattr(crossing, "download", self.download)
+
+    def upload(
+        self, client: object, name: str, body: FileBody, *, streams: int, deadline_s: float, on_bytes: Any
+    ) -> None:
+        while not self.is_open.wait(0.005):
+            on_bytes(0)
+        on_bytes(len(body))
+        self.sent.append(body.path.name)
+
+    def download(self, client: object, name: str, target: Path, **options: Any) -> None:
+        options["on_bytes"](1)
+        self.fetched.append(name)
+
+
+class Site(Working):
+    """Errands with a trainer and a network that tests hold in their hands."""
+
+    worker: Worker
+
+    def go(self, number: int) -> None:
+        """Let the trainer end a round."""
+        self.worker.may_end[number].set()
+
+
+@pytest.fixture
+def net(monkeypatch: pytest.MonkeyPatch) -> Net:
+    return Net(monkeypatch)
+
+
+@pytest.fixture
+def site(net: Net, tmp_path: Path) -> Iterator[Site]:
+    worker: list[Worker] = []
+
+    def made(put: Callable[[Signal], None]) -> Worker:
+        worker.append(Worker(put, tmp_path))
+        return worker[-1]
+
+    with desk(tmp_path / "home", ok, Site, Trainer(made)) as here:
+        assert isinstance(here, Site)
+        until(lambda: bool(worker))
+        here.worker = worker[0]
+        yield here
+
+
+def coming(nonce: str, number: int) -> tuple[bytes, int]:
+    return head(task(nonce, number).model_copy(update={"body_sha256": str(number) * 64})), 0
+
+
+def test_the_next_round_is_trained_while_an_update_is_on_its_way(site: Site, net: Net) -> None:
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    assert site.wait("sending", "n3").round == 3  # of what was not asked for nothing is told
+    assert net.sent == []
+    net.is_open.set()
+    assert reply_of(site.wait("done", "n3")).round == 3
+    assert net.sent == ["update-3"]
+    # Round 4 is asked for: it stands where it is, and its reply answers the nonce that asks.
+    site.offer(head(task("n4", 4)), 0)
+    assert site.wait("training", "n4").step == 1
+    site.go(4)
+    assert reply_of(site.wait("done", "n4")).round == 4
+    assert site.worker.given == [3, 4]
+    assert site.begun == ["n3", "early"]
+    assert net.sent == ["update-3", "update-4"]
+
+
+def test_nothing_of_early_work_leaves_before_it_is_asked_for(site: Site, net: Net) -> None:
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    site.go(4)
+    until(lambda: site.worker.saved == [3, 4])
+    site.wait("done", "n3")
+    time.sleep(0.1)
+    assert net.sent == ["update-3"]
+    assert site.standing().nonce == "n3"
+    site.offer(head(task("n4", 4)), 0)
+    assert reply_of(site.wait("done", "n4")).round == 4
+    assert net.sent == ["update-3", "update-4"]
+    assert site.worker.given == [3, 4]
+
+
+def test_its_base_comes_while_the_round_before_is_trained(site: Site, net: Net) -> None:
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: net.fetched == ["4" * 64])
+    assert site.worker.given == [3]
+
+
+@pytest.mark.parametrize("when", ["training", "done"])
+def test_other_work_than_was_foreseen_takes_its_place(site: Site, net: Net, when: str) -> None:
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    if when == "done":
+        site.go(4)
+        until(lambda: site.worker.saved == [3, 4])
+    until(lambda: site.worker.given == [3, 4])
+    site.wait("done", "n3")
+    other = task("n4", 4).model_copy(update={"base_sha256": "d" * 64})
+    site.go(4) if when == "done" else None
+    site.offer(head(other), 0)
+    if when == "training":
+        until(lambda: "drop" in site.worker.heard)
+        site.go(4)
+    assert reply_of(site.wait("done", "n4")).base_sha256 == "d" * 64
+    assert site.worker.given == [3, 4, 4]
+    assert site.begun == ["n3", "early", "n4"]
+
+
+def test_a_round_that_is_asked_for_again_comes_before_the_next(site: Site, net: Net) -> None:
+    """The Aggregator was started anew: it has lost what was handed in, and asks for it under another nonce."""
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    site.wait("done", "n3")
+    site.offer(head(task("again", 3)), 0, coming("early again", 4))
+    until(lambda: "drop" in site.worker.heard)
+    assert reply_of(site.wait("done", "again")).round == 3
+    until(lambda: site.worker.given == [3, 4, 3, 4])
+    site.go(4)
+    site.offer(head(task("n4", 4)), 0)
+    assert reply_of(site.wait("done", "n4")).round == 4
+
+
+def test_while_it_is_on_its_way_a_reply_takes_another_nonce_and_the_next_round_goes_on(site: Site, net: Net) -> None:
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    site.wait("sending", "n3")
+    site.offer(head(task("again", 3)), 0, coming("early again", 4))
+    net.is_open.set()
+    assert reply_of(site.wait("done", "again")).nonce == "again"
+    assert site.worker.heard == []
+    assert site.worker.given == [3, 4]
+
+
+def test_a_task_that_is_given_up_does_not_end_what_was_begun_after_it(site: Site, net: Net) -> None:
+    """It came too late for its round. The next has the base that was foreseen all the same."""
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    site.drop("n3")
+    assert site.standing().phase == "idle"
+    site.offer(head(task("n4", 4)), 0)
+    site.go(4)
+    net.is_open.set()
+    assert reply_of(site.wait("done", "n4")).round == 4
+    assert site.worker.heard == []
+    assert net.sent == ["update-4"]  # of round 3 nothing moves any more
+
+
+def test_a_task_that_is_dropped_before_it_is_trained_leaves_nothing_to_begin(site: Site) -> None:
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: site.worker.given == [3])
+    site.drop("n3")
+    until(lambda: site.worker.heard == ["drop"])
+    time.sleep(0.1)
+    assert site.worker.given == [3]
+    assert not site.hand_in()
+
+
+def test_who_leaves_hands_in_what_was_asked_for_and_drops_what_was_not(site: Site, net: Net) -> None:
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: site.worker.given == [3])
+    assert site.hand_in()
+    assert site.worker.heard == ["hand in"]
+    site.go(3)
+    net.is_open.set()
+    site.wait("done", "n3")
+    time.sleep(0.1)
+    assert site.worker.given == [3]  # and nothing else is begun
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: site.worker.given == [3, 4])
+    site.hand_in()
+    until(lambda: site.worker.heard == ["hand in", "drop"])
+    site.hand_in()
+    assert site.worker.heard == ["hand in", "drop"]
+
+
+def test_a_refusal_ends_what_was_begun_early(site: Site, net: Net) -> None:
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    site.wait("done", "n3")
+    site.refuse(head(task("n4", 4)), "CapReachedError: outside its hours")
+    assert reply_of(site.wait("done", "n4")).error == "CapReachedError: outside its hours"
+    until(lambda: site.worker.heard == ["drop"])
+    assert net.sent == ["update-3"]
+
+
+def test_early_work_that_fails_is_tried_again_when_it_is_asked_for(
+    site: Site, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net.is_open.set()
+    troubles = [OSError("no space")]
+    base = Site._base
+
+    def full(self: Site, job: Job) -> bytes:
+        if job.task.round == 4 and troubles:
+            raise troubles.pop()
+        return base(self, job)
+
+    monkeypatch.setattr(Site, "_base", full)
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    assert reply_of(site.wait("done", "n3")).status == "ok"
+    until(lambda: not troubles and site._early is None)
+    site.offer(head(task("n4", 4)), 0)
+    site.go(4)
+    assert reply_of(site.wait("done", "n4")).status == "ok"
+    assert site.worker.given == [3, 4]
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_what_does_not_follow_is_not_begun(site: Site, net: Net, number: int) -> None:
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", number))
+    site.go(3)
+    site.wait("done", "n3")
+    time.sleep(0.1)
+    assert site.worker.given == [3]
+
+
+def test_what_comes_next_may_be_told_after_the_work_was_done(site: Site, net: Net) -> None:
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0)
+    site.go(3)
+    site.wait("done", "n3")
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: site.worker.given == [3, 4])
+
+
+def test_a_task_of_another_run_is_not_what_comes_next(site: Site) -> None:
+    with pytest.raises(WireError, match="of run other"):
+        site.offer(head(task("n3", 3)), 0, (head(task("early", 4, run="other")), 0))
+    assert site.worker.given == []
 
 
 def until(done: Callable[[], bool]) -> None:

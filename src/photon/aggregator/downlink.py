@@ -27,7 +27,7 @@ from photon.link.codec.notation import parse_pipeline
 from photon.link.codec.pipeline import EXACT
 from photon.link.difference import changed, rebuilt
 from photon.link.tensors import encode_tensors, iterate_tensors, sha256_hex
-from photon.link.update import EMPTY_SHA256
+from photon.link.update import EMPTY_SHA256, Task
 
 _EXACT = "exact/"
 
@@ -162,3 +162,9 @@ class Downlink:
         """A node has answered a task from that base: it holds it."""
         if self.sends_differences:
             self.holders[node] = base_sha256
+
+
+def telling(task: Task, told: Told) -> tuple[Task, Told]:
+    """The task with a header that says how its base is told."""
+    fields = ("form", "held_sha256", "codec", "body_sha256")
+    return task.model_copy(update={name: getattr(told, name) for name in fields}), told

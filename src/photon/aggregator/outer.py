@@ -8,7 +8,7 @@ the compiler, 80 MB and three seconds, and would hold the whole pseudo-gradient 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,6 +81,24 @@ class OuterOptimizer:
         self._averages, self._holds_back = averages, holds_back
         self._names = frozenset(names)
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether the next step leaves its own pseudo-gradient for the step after it."""
+        return self._holds_back
+
+    @torch.no_grad()
+    def foreseen(self, name: str) -> Tensor:
+        """A weight as the next step leaves it, whatever its pseudo-gradient: known where the step holds that back.
+
+        A tensor of its own; nothing of the optimizer moves.
+        """
+        moved, held = self._weights[name].clone(), self._held.get(name)
+        if held is not None:
+            state = {kind: value.clone() for kind, value in self._begun(name, self._state.get(name, {})).items()}
+            for piece in _pieces(moved):
+                self._move(moved.view(-1)[piece], held.view(-1)[piece], _cut(state, piece))
+        return moved
+
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
         """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
 
@@ -102,10 +120,9 @@ class OuterOptimizer:
             state, held = self._state_of(name), self._held.pop(name, None)
             if self._holds_back:  # not the gradient itself: it lies in the place of its sums, which is twice as long
                 self._held[name] = torch.empty_like(self._weights[name]) if held is None else held
-            for begin in range(0, weight.numel(), _CHUNK_ELEMENTS):
-                piece = slice(begin, begin + _CHUNK_ELEMENTS)
+            for piece in _pieces(weight):
                 part, before = flat[piece], weight[piece].clone()
-                kept = {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
+                kept = _cut(state, piece)
                 if held is not None:
                     self._move(weight[piece], held.view(-1)[piece], kept)
                 if self._holds_back:
@@ -155,13 +172,27 @@ class OuterOptimizer:
 
     def _state_of(self, name: str) -> dict[str, Tensor]:
         """The state of a parameter for its next step; new if this is its first."""
-        kept, weight = self._state.setdefault(name, {}), self._weights[name]
+        self._state[name] = self._begun(name, self._state.get(name, {}))
+        return self._state[name]
+
+    def _begun(self, name: str, kept: State) -> dict[str, Tensor]:
+        """State as the next step finds it: what is kept of the steps before, the number of this one."""
+        state, weight = dict(kept), self._weights[name]
         for kind, value in self._rule.state.items():
-            if kind not in kept:
-                kept[kind] = torch.full_like(weight, value)
+            if kind not in state:
+                state[kind] = torch.full_like(weight, value)
         if self._rule.counts:
-            kept.setdefault(_STEP, torch.zeros(())).add_(1)
-        return kept
+            state[_STEP] = state.get(_STEP, torch.zeros(())) + 1
+        return state
+
+
+def _pieces(tensor: Tensor) -> Iterator[slice]:
+    """Where a flat tensor is cut. The cuts decide the last bit: vectors and what is left of them round differently."""
+    return (slice(begin, begin + _CHUNK_ELEMENTS) for begin in range(0, tensor.numel(), _CHUNK_ELEMENTS))
+
+
+def _cut(state: State, piece: slice) -> dict[str, Tensor]:
+    return {kind: value if kind == _STEP else value.view(-1)[piece] for kind, value in state.items()}
 
 
 def _rule(federation: FederationConfig) -> Rule:

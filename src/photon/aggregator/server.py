@@ -13,9 +13,10 @@ from torch import Tensor
 
 from photon.aggregator.allocator import return_freed_memory
 from photon.aggregator.assemble import RollCall, assemble
-from photon.aggregator.balance import local_steps, measured
-from photon.aggregator.downlink import Downlink, Told
+from photon.aggregator.balance import measured
+from photon.aggregator.downlink import Downlink, Told, telling
 from photon.aggregator.drift import mean_cosine, sample_update
+from photon.aggregator.early import Present, foresee
 from photon.aggregator.exchange import Exchange, Patience, RawBytes, quorum_of
 from photon.aggregator.gathered import Gathered
 from photon.aggregator.late import UNIFORM_WEIGHT, Late
@@ -26,6 +27,7 @@ from photon.aggregator.record import Merged, round_event
 from photon.aggregator.sampling import Draw, draw_round
 from photon.aggregator.scores import Tally
 from photon.aggregator.state import GlobalState, RoundStore
+from photon.aggregator.tasks import RoundTasks
 from photon.aggregator.trust import Trust
 from photon.aggregator.updates import UpdateReader
 from photon.aggregator.validate import evaluation_report, training_report, verify_norm, verify_training
@@ -36,7 +38,7 @@ from photon.fabric.base import Fabric, NodeInfo
 from photon.link.body import Body
 from photon.link.ledger import Flow, Ledger, Traffic
 from photon.link.tensors import decode_tensors, streamed_chunks, tensor_chunks
-from photon.link.update import Task, expect_reply
+from photon.link.update import Task, expect_reply, seal
 from photon.parts.base import Moment
 from photon.parts.method import Method
 from photon.stopwatch import Stopwatch
@@ -168,7 +170,7 @@ class Aggregator:
         """Train on the nodes drawn and merge. Raises RoundFailedError if fewer than the quorum can be used."""
         left = {info.name: info for info in present if info.name not in draw.dropped}
         nodes, present = [left[name] for name in draw.asked], list(left.values())
-        tasks = self._tasks(nodes, present)
+        tasks = self._asks().all(nodes, present)
         training = self.late.tasks | {info.name: tasks[info.name] for info in nodes}
         limits = self.late.limits_with({info.name: info.tokens_per_step for info in nodes})
         heldout_limits = {info.name: info.evaluation_tokens for info in present}
@@ -176,10 +178,10 @@ class Aggregator:
         base = self._base()
         bound = self._norm_bound(base)
         merge = self._merge(base, sum(one if uniform else task.tau * limits[name] for name, task in training.items()))
-        merged = Merged()
+        merged, watch = Merged(), Stopwatch()
         exchange = self._exchange(draw.nodes)
         exchange.send({name: self._told(task) for name, task in tasks.items()})
-        watch = Stopwatch()
+        self._foretell(nodes, present)
         for task, message in watch.split(exchange.replies(), "nodes", "merge"):
             reply, node, age = expect_reply(message), task.node, self.late.age(task)
             own = bound.since(task.sequential_step) if age else bound
@@ -216,6 +218,29 @@ class Aggregator:
         merged.pseudo_gradient = merged.timed(merge.result()) if isinstance(merge, Gathered) else merge.result()
         return merged
 
+    def _foretell(self, nodes: list[NodeInfo], present: list[NodeInfo]) -> None:
+        """Tell those that train now what they will be asked next, where that is known; done with this, they begin it.
+
+        `photon.aggregator.early` says why it is known, and what comes of it if it was wrong.
+        """
+        federation, now = self.recipe.federation, self.progress
+        knows_tau = not self.method.finds_tau and federation.balance == "none"
+        if not (self.fabric.foretells and self.outer.holds_back and knows_tau):
+            return
+        step, names = now.sequential_step + self.federation.tau, [info.name for info in nodes]
+        seed = self._downlink_seed(now.round + 1)
+        base = foresee(
+            self.outer, self.downlink, self.store, Present(self.payload, self.model_sha256, names), seed, self.exchanged
+        )
+        moment = Moment(now.round + 1, step, federation.sequential_steps, tau=self.federation.tau)
+        tau = self.method.federation(federation, moment).tau
+        later = replace(now, round=now.round + 1, sequential_step=step)
+        drawn = draw_round(self.recipe, later.round, [i.name for i in present if i.trains], self._nodes_per_round).asked
+        tasks = RoundTasks(self.recipe, later, base.sha256, tau, self._nodes_per_round)
+        for name, task in tasks.all([info for info in nodes if info.name in drawn], []).items():
+            early, told = telling(task, base.tell(name))
+            self.fabric.foretell(name, seal(early, told.body))
+
     def _merge(self, base: Mapping[str, Tensor], max_weight: int) -> Merge | Gathered:
         """What takes the updates of a round in: the weighted mean at once, another merge when all are there."""
         if (rule := self.method.merged) is None:
@@ -241,22 +266,6 @@ class Aggregator:
         """The baseline's only node has nobody to differ from, and whoever runs it owns it."""
         return self.recipe.federation.norm_bound and self.recipe.federation.outer != "none"
 
-    def _taus(self, nodes: list[NodeInfo]) -> dict[str, int]:
-        """Local steps of each sampled node: its silo's own tau, else by its speed if that is asked for, else tau."""
-        federation = self.federation
-        own = {silo.name: silo.tau for silo in self.recipe.silo if silo.tau is not None}
-        others = [info.name for info in nodes if info.name not in own]
-        speeds = self.progress.seconds_per_step if federation.balance == "time" else {}
-        return own | local_steps(others, federation.tau, speeds)
-
-    def _tasks(self, nodes: list[NodeInfo], present: list[NodeInfo]) -> dict[str, Task]:
-        """A train task for each sampled node; where scores are due, also an evaluate task for every other owner."""
-        taus = self._taus(nodes)
-        due = self.progress.round % self.recipe.evaluation.every == 0
-        tasks = {info.name: self._task(info.name, taus[info.name], due and info.evaluates) for info in nodes}
-        others = [info.name for info in present if info.evaluates and info.name not in tasks] if due else []
-        return tasks | {name: self._task(name, 0, evaluate=True) for name in others}
-
     def _remember(self, merged: Merged) -> None:
         """What later rounds judge nodes by; committed with this one."""
         period = self.method.period
@@ -271,8 +280,8 @@ class Aggregator:
         """Score the finished model at every owner: no round follows that would do it on the way."""
         exchange = self._exchange()
         owners = [info for info in self.fabric.nodes() if info.evaluates and info.name not in self.trust.suspended]
-        limits = {info.name: info.evaluation_tokens for info in owners}
-        exchange.send({name: self._told(self._task(name, 0, evaluate=True)) for name in limits})
+        limits, asks = {info.name: info.evaluation_tokens for info in owners}, self._asks()
+        exchange.send({name: self._told(asks.one(name, 0, evaluate=True)) for name in limits})
         tally = Tally()
         for task, message in exchange.replies():
             try:
@@ -330,19 +339,8 @@ class Aggregator:
         downlink = self.downlink.export_state(self.outer.weights())
         return GlobalState(self.progress, self.payload, self.outer.export_state(), downlink, self.downlink.message)
 
-    def _task(self, node: str, tau: int, evaluate: bool) -> Task:
-        return Task(
-            run=self.progress.run,
-            round=self.progress.round,
-            node=node,
-            nonce=secrets.token_hex(8),
-            base_sha256=self.model_sha256,
-            evaluate=evaluate,
-            sequential_step=self.progress.sequential_step,
-            tau=tau,
-            nodes=self._nodes_per_round,
-            deadline_s=self.recipe.federation.deadline_s,
-        )
+    def _asks(self) -> RoundTasks:
+        return RoundTasks(self.recipe, self.progress, self.model_sha256, self.federation.tau, self._nodes_per_round)
 
     def _exchange(self, nodes: int | None = None) -> Exchange:
         federation = self.recipe.federation
@@ -361,21 +359,24 @@ class Aggregator:
     def _told(self, task: Task) -> tuple[Task, Told]:
         """A task, and what tells its node the base."""
         is_untrained = self.progress.round == 0
-        return _telling(task, self.downlink.tell(task.node, self.payload, self.model_sha256, is_untrained))
+        return telling(task, self.downlink.tell(task.node, self.payload, self.model_sha256, is_untrained))
 
     def _told_whole(self, task: Task) -> tuple[Task, Told]:
         """The same task anew, for a node that lacks what it was to build on."""
         told = self.downlink.tell_whole(self.payload, self.model_sha256)
-        return _telling(task.model_copy(update={"nonce": secrets.token_hex(8)}), told)
+        return telling(task.model_copy(update={"nonce": secrets.token_hex(8)}), told)
 
     def _next_base(self) -> tuple[Body, str]:
         """The base of the next round in a file, tensor by tensor, and its sha256."""
         weights = self.outer.weights()
         if self.downlink.is_exact:
             return self.store.draft_model(tensor_chunks(weights))
-        seed = f"{self.recipe.seed}/down/{self.progress.round + 1}"
+        seed = self._downlink_seed(self.progress.round + 1)
         tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed, self.exchanged)
         return self.store.draft_model(streamed_chunks(weights, tensors))
+
+    def _downlink_seed(self, round_index: int) -> str:
+        return f"{self.recipe.seed}/down/{round_index}"
 
     def _read_network(self) -> None:
         """Bring the ledger up to what the network has carried, if there is one."""
@@ -384,12 +385,6 @@ class Aggregator:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._clock_zero
-
-
-def _telling(task: Task, told: Told) -> tuple[Task, Told]:
-    """The task with a header that says how its base is told."""
-    fields = ("form", "held_sha256", "codec", "body_sha256")
-    return task.model_copy(update={name: getattr(told, name) for name in fields}), told
 
 
 def _take_in(merge: Merge | Gathered, node: str, update: Iterator[tuple[str, Tensor]], weight: int) -> None:

@@ -111,6 +111,11 @@ class RoundStore:
         self._draft = self._states.draft(chunks)
         return whole_file(self._draft.path), self._draft.sha256
 
+    def forecast(self, chunks: Iterable[Chunk]) -> tuple[FileBody, str]:
+        """Write what will most likely be the next global model, until the next commit: its file, and its sha256."""
+        draft = self._states.draft(chunks)
+        return whole_file(draft.path), draft.sha256
+
     @property
     def spool(self) -> Path:
         """A folder for what is of no use after the round; should it be left there, the next commit removes it."""

@@ -24,12 +24,13 @@ from photon.data.build import Progress
 from photon.durable import only_process
 from photon.errors import InputError, PhotonError, WireError
 from photon.fabric.card import read_card
-from photon.fabric.control import NodeStatus, read_ask, status_content
+from photon.fabric.control import NodeStatus, read_ask, read_coming, status_content
 from photon.fabric.discretion import say
 from photon.fabric.errands import Errands
 from photon.fabric.fleet_client import FleetClient, Question
 from photon.fabric.flwr_internals import RUN_ENDED, FlowerDownError
 from photon.fabric.home import NodeHome, PreparedRun, prepare_run
+from photon.fabric.training import Training
 from photon.link.client import GatewayClient, LinkDownError, LinkError, LinkRefusedError
 from photon.link.update import Sealed, decode_message, expect_task
 from photon.siteconfig import SiteConfig
@@ -217,11 +218,15 @@ class Agent:
             if not head or self._leaving.is_set():
                 return
             # What goes up may be larger than what comes down: a base that the node holds comes as nothing.
-            resting = self._resting(ask.base_bytes + max(ask.base_bytes, self._largest_update_bytes))
+            update_bytes = max(ask.base_bytes, self._largest_update_bytes)
+            resting = self._resting(ask.base_bytes + update_bytes)
             if resting and self._errands.standing().phase in ("idle", "done"):
                 self._errands.refuse(head, f"CapReachedError: {resting}")
-            else:
-                self._errands.offer(head, ask.base_bytes)
+                return
+            follows = read_coming(question.content)
+            if follows and self._resting(ask.base_bytes + ask.coming_bytes + 2 * update_bytes):
+                follows = b""  # when it is asked for it will be refused
+            self._errands.offer(head, ask.base_bytes, (follows, ask.coming_bytes) if follows else None)
         except (WireError, LinkError) as error:
             say(f"a question that cannot be followed: {error}")
 
@@ -302,7 +307,8 @@ class Agent:
                 f"{prepared.tokens_available:,} tokens"
             )
             site, home = self._options.site, self._options.home
-            self._errands = Errands(prepared, home, self._client, site.streams, self._news, self._count)
+            training = Training(prepared.folder, prepared.plan)
+            self._errands = Errands(prepared.run, training, home, self._client, site.streams, self._news, self._count)
             self._news.set()
 
     # What the owner grants.

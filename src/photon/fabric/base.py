@@ -61,6 +61,14 @@ class Fabric(Protocol):
     def send(self, node: str, message: Sealed) -> None:
         """Hand a task over for delivery. Raises FabricError if the fabric is closed or the node unknown."""
 
+    @property
+    def foretells(self) -> bool:
+        """Whether anything is gained by telling nodes what comes next: they are far away, and would wait for it."""
+
+    def foretell(self, node: str, message: Sealed) -> None:
+        """Tell a node the task that most likely follows its open one. It may begin that when it is done, and hands
+        nothing in before the same work is sent. Nothing happens if no task of the node is open."""
+
     def receive(self, timeout_s: float) -> FabricEvent | None:
         """The next event, or None after `timeout_s` seconds."""
 

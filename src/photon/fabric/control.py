@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon.errors import WireError
+from photon.events import NodeProgress
 from photon.link.update import Hash, Natural, Number
 
 Content = dict[str, str | bytes]
@@ -28,7 +29,8 @@ _Kind = TypeVar("_Kind", bound=_Closed)
 
 
 class Ask(_Closed):
-    """A question to a node. `base_bytes` is the size of the task's base, whose sha256 its header names.
+    """A question to a node. `base_bytes` is the size of the task's base, whose sha256 its header names; `coming_bytes`
+    that of the task that will most likely follow.
 
     `recipe_sha256` is that of the recipe in the run card: a node that has prepared for another fetches the card again.
     """
@@ -38,6 +40,7 @@ class Ask(_Closed):
     recipe_sha256: Hash
     wait_s: float = Field(ge=0, le=MAX_WAIT_S, allow_inf_nan=False)
     base_bytes: Natural = 0
+    coming_bytes: Natural = 0
     dropped: str = Field("", max_length=64, description="Nonce of a task that the Aggregator no longer waits for.")
 
 
@@ -60,14 +63,25 @@ class NodeStatus(_Closed):
     tokens_per_second: Number = 0.0
 
 
-def ask_content(ask: Ask, head: bytes) -> Content:
-    """A question as Flower carries it; `head` is the header of the open task, or empty."""
-    return {"ask": ask.model_dump_json(), "head": head}
+def ask_content(ask: Ask, head: bytes, coming: bytes = b"") -> Content:
+    """A question as Flower carries it; `head` is the header of the open task, `coming` of the next, or empty."""
+    content: Content = {"ask": ask.model_dump_json(), "head": head}
+    if coming:
+        content["coming"] = coming
+    return content
 
 
 def read_ask(content: Content) -> tuple[Ask, bytes]:
     """The question and the task's header. Raises WireError."""
     return _parse(Ask, content, "ask"), _head(content)
+
+
+def read_coming(content: Content) -> bytes:
+    """Of a question the header of the task that will most likely follow; empty if it says nothing of one.
+
+    Raises WireError.
+    """
+    return _head(content, "coming")
 
 
 def status_content(status: NodeStatus, head: bytes) -> Content:
@@ -80,8 +94,27 @@ def read_status(content: Content) -> tuple[NodeStatus, bytes]:
     return _parse(NodeStatus, content, "status"), _head(content)
 
 
-def _head(content: Content) -> bytes:
-    head = content.get("head", b"")
+def progress_of(node: str, status: NodeStatus) -> NodeProgress:
+    """A node's answer as it is shown."""
+    states: dict[str, Literal["waiting", "training", "evaluating", "sending"]] = {
+        "evaluating": "evaluating",
+        "training": "training",
+        "sending": "sending",
+    }
+    note = status.note or ("downloading the base" if status.phase == "downloading" else "")
+    return NodeProgress(
+        node=node,
+        round=status.round,
+        state=states.get(status.phase, "waiting"),
+        step=status.step,
+        steps=status.steps,
+        loss=status.loss,
+        note=note,
+    )
+
+
+def _head(content: Content, key: str = "head") -> bytes:
+    head = content.get(key, b"")
     if not isinstance(head, bytes):
         raise WireError("a control message whose header is not bytes")
     return head

@@ -14,12 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Event, RLock, Thread
-from typing import Literal
 
 from photon.errors import FabricError, PhotonError, ReplyRefusedError, WireError
 from photon.events import NodeProgress
 from photon.fabric.base import Arrival, FabricEvent, Lost, NodeInfo
-from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
+from photon.fabric.control import Ask, NodeStatus, ask_content, progress_of, read_status
 from photon.fabric.fleet import NodeKeys
 from photon.fabric.flower_run import FlowerReply, FlowerRun
 from photon.fabric.flwr_internals import FlowerDownError
@@ -51,6 +50,7 @@ class Peer:
     last_error: str = ""
     task: Sealed | None = None  # open, and not answered yet
     nonce: str = ""
+    coming: Sealed | None = None  # what it will most likely be asked after that
     sent_at: float = 0.0
     dropped: str = ""
     question: str = ""  # id of the message that waits for an answer
@@ -141,7 +141,27 @@ class FlowerFabric:
         with self._lock:
             peer = self._peers[node]
             peer.task, peer.nonce, peer.sent_at = Sealed(message.head, message.body), task.nonce, time.time()
-            peer.fetching, peer.failed_fetches = None, 0
+            peer.coming, peer.fetching, peer.failed_fetches = None, None, 0
+        self._wake.set()
+
+    @property
+    def foretells(self) -> bool:
+        """Yes: what takes a network can be done while nodes train."""
+        return True
+
+    def foretell(self, node: str, message: Sealed) -> None:
+        """Publish the base after this one, and let the next question say what it is for."""
+        task = expect_task(decode_message(message))
+        try:
+            if len(message.body):
+                self._store.publish(task.body_sha256, message.body)
+        except BlobError as error:  # it is published again when it is needed
+            self._note(f"what comes next cannot be told yet: {error}")
+            return
+        with self._lock:
+            peer = self._peers[node]
+            if peer.task is not None:
+                peer.coming = Sealed(message.head, message.body)
         self._wake.set()
 
     def _publish(self, task: Task, body: Body) -> None:
@@ -167,7 +187,7 @@ class FlowerFabric:
         with self._lock:
             peer = self._peers[node]
             if peer.task is not None:
-                peer.dropped, peer.task, peer.nonce = peer.nonce, None, ""
+                peer.dropped, peer.task, peer.nonce, peer.coming = peer.nonce, None, "", None
                 peer.forget_question()  # so that it is told at once
         self._wake.set()
 
@@ -276,17 +296,18 @@ class FlowerFabric:
                 if is_open and peer.question_nonce == peer.nonce:
                     continue
                 node_id, nonce, wait_s = peer.node_id, peer.nonce, self._patience(peer)
-                base_bytes = len(peer.task.body) if peer.task is not None else 0
+                nothing = Sealed(b"", b"")
+                task, coming = peer.task or nothing, peer.coming or nothing
                 ask = Ask(
                     run=self._run,
                     recipe_sha256=self._recipe_sha256,
                     wait_s=wait_s,
-                    base_bytes=base_bytes,
+                    base_bytes=len(task.body),
+                    coming_bytes=len(coming.body),
                     dropped=peer.dropped,
                 )
-                head = peer.task.head if peer.task is not None else b""
             try:
-                question = run.push(node_id, ask_content(ask, head), wait_s + _MARGIN_S)
+                question = run.push(node_id, ask_content(ask, task.head, coming.head), wait_s + _MARGIN_S)
             except FlowerDownError as error:
                 if error.status != 404:
                     raise
@@ -370,23 +391,4 @@ class FlowerFabric:
                     if peer.failed_fetches < _FETCH_ATTEMPTS:
                         continue
                     self._events.put(Lost(name, peer.last_error))
-                peer.task, peer.nonce = None, ""
-
-
-def progress_of(node: str, status: NodeStatus) -> NodeProgress:
-    """A node's answer as it is shown."""
-    states: dict[str, Literal["waiting", "training", "evaluating", "sending"]] = {
-        "evaluating": "evaluating",
-        "training": "training",
-        "sending": "sending",
-    }
-    note = status.note or ("downloading the base" if status.phase == "downloading" else "")
-    return NodeProgress(
-        node=node,
-        round=status.round,
-        state=states.get(status.phase, "waiting"),
-        step=status.step,
-        steps=status.steps,
-        loss=status.loss,
-        note=note,
-    )
+                peer.task, peer.nonce, peer.coming = None, "", None

@@ -61,14 +61,14 @@ class NodeHome:
         """Downloaded bases, by sha256."""
         return self.path / "bases"
 
-    def open_base(self, sha256: str) -> Path:
-        """Where the base of this sha256 is, or will be; others are removed. Raises OSError.
+    def open_base(self, sha256: str, *others: str) -> Path:
+        """Where the base of this sha256 is, or will be; all but it and the `others` are removed. Raises OSError.
 
         What is there is what its name says: nothing that arrives is synced, so it is hashed once after a power cut.
         """
         self.bases.mkdir(parents=True, exist_ok=True)
         for old in self.bases.iterdir():
-            if not old.name.startswith((sha256, MARKER)):
+            if not old.name.startswith((sha256, *others, MARKER)):
                 old.unlink(missing_ok=True)
         verify_after_boot(self.bases, "*")
         return self.bases / sha256

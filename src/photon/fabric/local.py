@@ -102,6 +102,14 @@ class LocalFabric:
         self._queue.append(_Job(node, message))
         self._dispatch()
 
+    @property
+    def foretells(self) -> bool:
+        """No: a worker waits for nothing that another of this machine's cores would not do meanwhile."""
+        return False
+
+    def foretell(self, node: str, message: Sealed) -> None:
+        """Nobody needs to know."""
+
     def receive(self, timeout_s: float) -> FabricEvent | None:
         """The next event, or None after `timeout_s`. Raises FabricError if a dead worker cannot be replaced.
 

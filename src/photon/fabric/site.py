@@ -14,6 +14,7 @@ from photon.node.heldout import held_out
 from photon.node.node import Site
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
+from photon.parts.method import Method
 from photon.recipe import dump_recipe
 
 SITE_FILE = "site.json"
@@ -38,14 +39,16 @@ def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
     """Open the shards and the state store of one node. Raises DataError on damaged shards."""
     length = recipe.data.sequence_length
     readers = [ShardReader(source) for source in file.sources]
+    # Of a method by which a node may train on while its reply is on its way, the Aggregator may ask for a round more.
+    rounds = 2 if Method.of(recipe).holds_back else 1
     scored = [held_out(reader, length, recipe.evaluation.sequences) for reader in readers] if file.evaluates else []
     return Site(
         name=file.name,
         batch_size=file.batch_size,
         stream=Stream(readers, file.weights, length, recipe.seed, file.name),
         heldout=scored,
-        store=NodeStore(folder / "state", recipe.checkpoint.keep_last, recipe.checkpoint.keep_every),
-        replies=ReplyStore(folder / "replies", sha256_hex(dump_recipe(recipe).encode()))
+        store=NodeStore(folder / "state", recipe.checkpoint.keep_last + rounds - 1, recipe.checkpoint.keep_every),
+        replies=ReplyStore(folder / "replies", sha256_hex(dump_recipe(recipe).encode()), rounds)
         if file.keeps_replies
         else None,
     )

@@ -32,13 +32,14 @@ class StoredReply:
 
 
 class ReplyStore:
-    """`nodes/<name>/replies`: one reply, that of the newest finished task.
+    """`nodes/<name>/replies`: the reply to the newest finished task, or of more rounds, up to `keep`.
 
-    `recipe_sha256` stands for all that decides an update and is not in its task.
+    A node that may train on while a reply is still on its way keeps two. `recipe_sha256` stands for all that decides an
+    update and is not in its task.
     """
 
-    def __init__(self, folder: Path, recipe_sha256: str) -> None:
-        self._states, self._recipe_sha256 = NumberedStates(folder), recipe_sha256
+    def __init__(self, folder: Path, recipe_sha256: str, keep: int = 1) -> None:
+        self._states, self._recipe_sha256, self._keep = NumberedStates(folder), recipe_sha256, keep
 
     def commit(
         self,
@@ -49,7 +50,7 @@ class ReplyStore:
         position_after: int,
         update: Iterable[Chunk],
     ) -> StoredReply:
-        """Make a reply durable before the state that goes with it; replaces the one before."""
+        """Make a reply durable before the state that goes with it; those of rounds too far before it, or later, go."""
         fields = {
             "work": self._work(task),
             "training": training.model_dump(),
@@ -58,7 +59,7 @@ class ReplyStore:
             "position_after": position_after,
         }
         hashes = self._states.commit(task.round, {UPDATE_FILE: update}, fields)
-        self._states.prune({task.round})
+        self._states.prune(range(task.round - self._keep + 1, task.round + 1))
         body = whole_file(self._states.folder(task.round) / UPDATE_FILE)
         return StoredReply(training, evaluation, codec, position_after, body, hashes[UPDATE_FILE])
 

@@ -123,8 +123,7 @@ class Method:
                 "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
                 "with no part that changes one of these"
             )
-        finds_tau = any(changes(part, "least_rounds") for part in self.parts)  # as the run goes
-        if self.goes_ahead and finds_tau and balance == "time":
+        if self.goes_ahead and self.finds_tau and balance == "time":
             raise ConfigError(
                 "federation.parts: a node that takes fewer steps than others cannot tell from them when a run of "
                 "changing tau ends: eager does not go with tau_by_agreement and federation.balance = time"
@@ -231,6 +230,11 @@ class Method:
     def least_rounds(self, federation: FederationConfig) -> int:
         """In how few rounds the run may be over."""
         return min((part.least_rounds(federation) for part in self.parts), default=federation.rounds)
+
+    @property
+    def finds_tau(self) -> bool:
+        """Whether tau, and so the end of the run, is found as the run goes."""
+        return any(changes(part, "least_rounds") for part in self.parts)
 
     def averages(self, moment: Moment) -> bool:
         """Whether the outer step of the round that begins is plain averaging."""

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 from tests.fabric.gateways import Site, in_thread, sha256, some_bytes
 
-from photon.fabric import sending
-from photon.fabric.sending import Sending
+from photon.fabric import crossing
+from photon.fabric.crossing import Crossing, Sending
 from photon.link.body import FileBody, whole_file
 from photon.link.client import GatewayClient, LinkRefusedError
 
@@ -29,7 +29,7 @@ class Wire:
         self.most_at_once = 0
         self.open = Event()
         self.errors: list[Exception] = []
-        monkeypatch.setattr(sending, "upload", self.upload)
+        monkeypatch.setattr(crossing, "upload", self.upload)
 
     def upload(
         self, client: object, name: str, body: FileBody, *, streams: int, deadline_s: float, on_bytes: Any
@@ -53,8 +53,8 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     return Wire(monkeypatch)
 
 
-def begin(upload: Sending, name: str, on_bytes: Callable[[int], None] = lambda count: None) -> None:
-    upload.begin(name, FileBody(Path("/nowhere"), 0, 3), DEADLINE_S, on_bytes)
+def begin(upload: Sending, name: str, on_bytes: Callable[[int], None] = lambda count: None) -> Crossing:
+    return upload.begin(name, FileBody(Path("/nowhere"), 0, 3), DEADLINE_S, on_bytes)
 
 
 def sent() -> Sending:
@@ -63,25 +63,27 @@ def sent() -> Sending:
 
 def test_what_is_on_its_way_or_there_is_not_begun_again(wire: Wire) -> None:
     upload = sent()
-    begin(upload, "a")
-    begin(upload, "a")
+    way = begin(upload, "a")
+    way = begin(upload, "a")
     wire.open.set()
-    upload.finish(lambda: None)
-    begin(upload, "a")
-    upload.finish(lambda: None)
+    way.finish(lambda: None)
+    way = begin(upload, "a")
+    way.finish(lambda: None)
     assert (wire.begun, wire.whole) == (["a"], ["a"])
 
 
 def test_other_bytes_take_its_place_and_never_travel_beside_it(wire: Wire) -> None:
     """A store keeps one unfinished upload of a node: two at once would undo each other."""
     upload = sent()
-    begin(upload, "a")
-    second = Thread(target=begin, args=(upload, "b"), daemon=True)
+    first = begin(upload, "a")
+    ways: list[Crossing] = []
+    second = Thread(target=lambda: ways.append(begin(upload, "b")), daemon=True)
     second.start()
     second.join(DEADLINE_S)
     assert not second.is_alive()
     wire.open.set()
-    upload.finish(lambda: None)
+    ways[0].finish(lambda: None)
+    assert first.is_in_vain
     assert (wire.begun, wire.whole, wire.most_at_once) == (["a", "b"], ["b"], 1)
 
 
@@ -90,16 +92,16 @@ def test_what_was_left_is_begun_again_though_it_had_arrived(wire: Wire) -> None:
     upload = sent()
     wire.open.set()
     for _ in range(2):
-        begin(upload, "a")
-        upload.finish(lambda: None)
-        upload.leave()
+        way = begin(upload, "a")
+        way.finish(lambda: None)
+        way.leave()
     assert wire.begun == ["a", "a"]
 
 
 def test_what_is_left_stops_at_its_next_piece(wire: Wire) -> None:
     upload = sent()
-    begin(upload, "a")
-    upload.leave()
+    way = begin(upload, "a")
+    way.leave()
     until_none_runs()
     assert wire.whole == []
 
@@ -109,14 +111,14 @@ def test_what_is_left_ends_though_nothing_moves(tmp_path: Path) -> None:
     body = tmp_path / "body"
     body.write_bytes(b"abc")
     upload = Sending(Site(tmp_path).client(port=1), 1)
-    upload.begin(sha256(b"abc"), whole_file(body), 1e6, lambda count: None)
-    upload.leave()
+    way = upload.begin(sha256(b"abc"), whole_file(body), 1e6, lambda count: None)
+    way.leave()
     until_none_runs()
 
 
 def until_none_runs() -> None:
     for thread in threading.enumerate():
-        if thread.name == "photon-sending":
+        if thread.name == "photon-crossing":
             thread.join(DEADLINE_S)
             assert not thread.is_alive()
 
@@ -125,24 +127,24 @@ def test_what_kept_it_from_arriving_is_told_to_who_waits_and_it_may_be_tried_aga
     upload = sent()
     wire.open.set()
     wire.errors = [LinkRefusedError("the time for this upload is over")]
-    begin(upload, "a")
+    way = begin(upload, "a")
     with pytest.raises(LinkRefusedError, match="time for this upload"):
-        upload.finish(lambda: None)
-    begin(upload, "a")
-    upload.finish(lambda: None)
+        way.finish(lambda: None)
+    way = begin(upload, "a")
+    way.finish(lambda: None)
     assert (wire.begun, wire.whole) == (["a", "a"], ["a"])
 
 
 def test_who_waits_is_asked_whether_it_is_still_wanted(wire: Wire) -> None:
     upload = sent()
-    begin(upload, "a")
+    way = begin(upload, "a")
 
     def unwanted() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        upload.finish(unwanted)
-    upload.leave()
+        way.finish(unwanted)
+    way.leave()
     until_none_runs()
 
 
@@ -155,9 +157,9 @@ def test_without_a_thread_to_send_it_the_reply_fails_and_not_the_node(
     upload = sent()
     with monkeypatch.context() as patch:
         patch.setattr(Thread, "start", exhausted)
-        begin(upload, "a")
+        way = begin(upload, "a")
     with pytest.raises(RuntimeError, match="new thread"):
-        upload.finish(lambda: None)
+        way.finish(lambda: None)
 
 
 def test_through_a_gateway_the_last_bytes_alone_are_kept(tmp_path: Path) -> None:
@@ -171,8 +173,8 @@ def test_through_a_gateway_the_last_bytes_alone_are_kept(tmp_path: Path) -> None
     with in_thread(site):
         upload = Sending(site.client(), 2)
         for path in (first, second):
-            upload.begin(names[path], whole_file(path), DEADLINE_S, lambda count: None)
-        upload.finish(lambda: None)
+            way = upload.begin(names[path], whole_file(path), DEADLINE_S, lambda count: None)
+        way.finish(lambda: None)
         arrived = site.store.fetch("ada", names[second], 2_000_000)
     assert bytes(arrived.read(0, arrived.size)) == second.read_bytes()
     assert not (tmp_path / "store" / "up" / "ada" / names[first]).exists()

@@ -51,9 +51,19 @@ class Recorded:
         return [event for event in self.rounds if event.round >= _FIRST_LATER]
 
 
-def federate(folder: Path, texts: Path, line: Line | None, *, width: int, rounds: int, codecs: str = "") -> Recorded:
-    """Run one to its end; None: no line stands between. `codecs` are options of `[link]`."""
-    with Sites(folder, texts, rounds=rounds, owners=OWNERS) as sites, ExitStack() as lines:
+def federate(
+    folder: Path,
+    texts: Path,
+    line: Line | None,
+    *,
+    width: int,
+    rounds: int,
+    codecs: str = "",
+    extra: str = "",
+    tau: int = 4,
+) -> Recorded:
+    """Run one to its end; None: no line stands between. `codecs` are options of `[link]`, `extra` of `[federation]`."""
+    with Sites(folder, texts, rounds=rounds, owners=OWNERS, extra=extra, tau=tau) as sites, ExitStack() as lines:
         text = sites.recipe.read_text()
         assert text.count("width = 32") == text.count("every = 2") == 1
         text = text.replace("width = 32", f"width = {width}").replace("every = 2", "every = 1000")

@@ -193,6 +193,8 @@ class Errands:
                 if job is None or self._closing:
                     return
                 self._at_hand, self._upload = job, None
+                if job is self._early:
+                    say(f"round {job.task.round}: begun early, while that before is handed in")
             self._run_job(job)
             with self._changed:
                 self._at_hand = None

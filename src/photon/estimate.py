@@ -130,6 +130,12 @@ def _corrects(method: Method | None) -> bool:
     return any(changes(part, "correct") for part in method.parts)
 
 
+def knows_next(recipe: Recipe) -> bool:
+    """Whether nodes on other machines can be told what comes next before a round is merged, and train on meanwhile."""
+    method = _method(recipe)
+    return method is not None and method.knows_next(recipe.federation)
+
+
 def expected_nodes(recipe: Recipe) -> float:
     """Nodes of a round whose updates count: K, and with `federation.dropout` the mean over the draws.
 

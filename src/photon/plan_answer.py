@@ -19,7 +19,6 @@ from photon.planner import (
     baseline_s,
     break_even,
     predict_round,
-    tau_for_utilisation,
 )
 
 _DAY_S = 86_400.0
@@ -168,6 +167,7 @@ class Plan:
     bytes: BytesPlan
     phases_s: dict[str, float]
     round_s: float
+    hidden_s: float
     utilisation: float
     total_s: float
     train_s: float
@@ -208,6 +208,7 @@ def answer(question: Question) -> Plan:
         bytes=traffic,
         phases_s=prediction.phases_s,
         round_s=prediction.round_s,
+        hidden_s=prediction.hidden_s,
         utilisation=prediction.utilisation,
         total_s=run_s,
         train_s=question.trained_rounds * train_s,
@@ -217,9 +218,7 @@ def answer(question: Question) -> Plan:
         break_even_overlapped=_break_even(question, baseline, overlapped=True),
         wanted_utilisation=question.wanted_utilisation,
         # A step of the federation's tau: if an owner has a tau of its own, that grows in ratio (see `with_tau`).
-        tau_for_utilisation=tau_for_utilisation(
-            question.wanted_utilisation, train_s / course.mean_tau, prediction.round_s - train_s
-        ),
+        tau_for_utilisation=prediction.tau_for(question.wanted_utilisation, train_s / course.mean_tau),
         money=_money(question, run_s, traffic, baseline),
         assumptions=(*question.assumptions, *_told_of_course(course)),
     )

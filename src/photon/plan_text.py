@@ -117,6 +117,8 @@ def phase_rows(plan: Plan) -> list[Row]:
         for phase, seconds in plan.phases_s.items()
         if seconds > 0
     ]
+    if plan.hidden_s > 0:
+        rows.append(Row("beside each other", f"-{time_text(plan.hidden_s)}", "nodes train on while updates travel"))
     return [*rows, Row("a round", time_text(plan.round_s), f"nodes train {100 * plan.utilisation:.1f} % of it")]
 
 
@@ -167,7 +169,10 @@ def sections(plan: Plan) -> list[tuple[str, list[Row]]]:
 
 def notes(plan: Plan) -> list[str]:
     """What the numbers rest on."""
-    return [*plan.assumptions, "nothing overlaps in a round; replies arrive together", CAUTION]
+    beside = (
+        "nothing overlaps in a round" if plan.hidden_s <= 0 else "a round's updates travel beside the next training"
+    )
+    return [*plan.assumptions, f"{beside}; replies arrive together", CAUTION]
 
 
 def plan_tables(plan: Plan) -> list[RenderableType]:

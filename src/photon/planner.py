@@ -18,6 +18,15 @@ Three slips of the notebook are not copied:
 Links are full duplex: what a node sends does not slow down what it receives. A node does not train while it receives or
 sends; it sends its update while it saves its own state, and nothing else overlaps. All nodes are alike, so they finish
 together and share the Aggregator's link evenly; where they differ in steps, the one with most work is waited for.
+
+Where nodes are told early what comes next (`photon.aggregator.early`) a round is not the sum of its phases. With n what
+a node does itself, u the way up with the merge and all that the Aggregator does until the next round is given, and d
+the outer step once more (ahead) and the way down, round r of a node begins when its round r - 1 is done and the base
+is there, which is known when round r - 2 is merged; and no update is sent before the merge of the one before:
+
+    trained_r = max(trained_(r-1), merged_(r-2) + d) + n        merged_r = max(trained_r, merged_(r-1)) + u
+
+In the long run that is a round every max(n, u, (n + u + d) / 2) seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from photon.estimate import evaluation_tokens, expected_nodes, node_state_bytes, outer_state_bytes
+from photon.estimate import evaluation_tokens, expected_nodes, knows_next, node_state_bytes, outer_state_bytes
 from photon.plan_bytes import FLOAT32_BYTES, LinkCodecs, RoundBytes, Shape, round_bytes
 from photon.plan_exchange import LinkSpeed, Topology, collective_s, merge_s, star_bits_per_s, transfer_s
 
@@ -49,6 +58,8 @@ PHASES = (
     "outer",
     "commit",
 )
+# What a node does itself; the rest is the network's and the Aggregator's.
+NODE_PHASES = ("decode", "evaluate", "train", "encode", "save")
 # What a run measures is coarser: these phases of it hold so many of ours.
 MEASURED_GROUPS: Mapping[str, tuple[str, ...]] = {
     "nodes": ("control", "download", "decode", "evaluate", "train", "encode", "save", "upload"),
@@ -81,20 +92,51 @@ class RoundPrediction:
 
     phases_s: dict[str, float]
     node_bytes: RoundBytes
+    overlaps: bool = False  # nodes train on while a round's updates travel and are merged
 
     @property
     def round_s(self) -> float:
-        """A round from end to end."""
-        return math.fsum(self.phases_s.values())
+        """From the end of one round to the end of the next."""
+        return max(self._bounds_s) if self.overlaps else math.fsum(self.phases_s.values())
+
+    @property
+    def hidden_s(self) -> float:
+        """Of the phases what happens beside others."""
+        return math.fsum(self.phases_s.values()) - self.round_s
 
     @property
     def utilisation(self) -> float:
         """Share of the round in which nodes train."""
         return self.phases_s["train"] / self.round_s
 
+    @property
+    def _bounds_s(self) -> tuple[float, float, float]:
+        """What a round cannot be shorter than, by the formula at the top of this module."""
+        own = math.fsum(self.phases_s[phase] for phase in NODE_PHASES)
+        up = math.fsum(self.phases_s[phase] for phase in ("control", "upload", "merge", "outer", "commit"))
+        return own, up, (own + up + self.phases_s["outer"] + self.phases_s["download"]) / 2
+
     def run_s(self, rounds: int, trained_rounds: float) -> float:
-        """R x round, where all are full; the last one may be shorter, so that less is trained than R rounds do."""
-        return rounds * self.round_s - (rounds - trained_rounds) * self.phases_s["train"]
+        """R x round, where all are full; the last one may be shorter, so that less is trained than R rounds do.
+
+        What is hidden behind a next round is not, once, behind the last.
+        """
+        short_s = (rounds - trained_rounds) * self.phases_s["train"]
+        return rounds * self.round_s + self.hidden_s - short_s
+
+    def tau_for(self, wanted: float, step_s: float) -> int:
+        """The least tau at which nodes train for the `wanted` share of a round; a local step takes `step_s`."""
+        if not self.overlaps:
+            return tau_for_utilisation(wanted, step_s, self.round_s - self.phases_s["train"])
+        train_s = self.phases_s["train"]
+        own, up, both = self._bounds_s
+        # Each bound alone: tau step / (tau step + rest), / up, and 2 tau step / (tau step + rest) reach what is wanted.
+        from_both = wanted / (2 - wanted) * (2 * both - train_s) / step_s
+        return max(
+            tau_for_utilisation(wanted, step_s, own - train_s),
+            math.ceil(wanted * up / step_s - 1e-9),
+            math.ceil(from_both - 1e-9),
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +225,8 @@ def predict_round(
     keeps_exact = node_bytes.down_is_lossy and bool(recipe.link.down_feedback)
     apart = shared_bytes * keeps_exact + node_bytes.down_bytes if node_bytes.sends_differences else 0
     phases["commit"] = (outer_state_bytes(recipe, parameters) + apart) / machine.disk_bytes_per_s
-    return RoundPrediction(phases, node_bytes)
+    overlaps = topology == "ps" and machine.at_once is None and knows_next(recipe)
+    return RoundPrediction(phases, node_bytes, overlaps)
 
 
 def compare(prediction: RoundPrediction, measured_s: Mapping[str, float]) -> list[PhaseComparison]:

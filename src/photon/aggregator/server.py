@@ -224,8 +224,7 @@ class Aggregator:
         `photon.aggregator.early` says why it is known, and what comes of it if it was wrong.
         """
         federation, now = self.recipe.federation, self.progress
-        knows_tau = not self.method.finds_tau and federation.balance == "none"
-        if not (self.fabric.foretells and self.outer.holds_back and knows_tau):
+        if not (self.fabric.foretells and self.outer.holds_back and self.method.knows_next(federation)):
             return
         step, names = now.sequential_step + self.federation.tau, [info.name for info in nodes]
         seed = self._downlink_seed(now.round + 1)

@@ -245,6 +245,10 @@ class Method:
         """Whether outer steps are taken a round later."""
         return any(part.holds_back() for part in self.parts)
 
+    def knows_next(self, federation: FederationConfig) -> bool:
+        """Whether all of the next round's tasks is known when a round begins: base, tau and place in the run."""
+        return self.holds_back and not self.finds_tau and federation.balance == "none"
+
     @property
     def late_rounds(self) -> int:
         """For how many rounds after its own the update of a node that still trains may count; 0: it is abandoned."""

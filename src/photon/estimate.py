@@ -84,7 +84,8 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
     the base there (4); one by which nodes keep weights of their own, a copy of them beside the update and on disk (4).
     What a node remembers of a round for the start of the next is on disk (4 for each kind of it), and in memory while
     it works: in the place of the update it remembers there are first the weights that it began from. A pseudo-gradient
-    that is held back for a round is in the Aggregator's memory (4), beside the merge that follows it.
+    that is held back for a round is in the Aggregator's memory (4), beside the merge that follows it; over a network
+    with a downlink that is not exact so is what the next step will move (4), until nodes were told of it.
     Where a round exchanges only some tensors, the base is on disk, and the message that tells it in the Aggregator's
     memory, in the place of the last reply, until it is committed.
     """
@@ -94,7 +95,9 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
     activations_bytes = _activations_bytes(recipe)
     differences_bytes = (shared.values - parameters) * _FLOAT32_BYTES
     base_there_bytes = parameters * _FLOAT32_BYTES if _corrects(method) and recipe.node.device != "cpu" else 0
-    has_message = recipe.link.fabric == "local" or (method is not None and method.is_partial)
+    is_partial = method is not None and method.is_partial
+    has_message = recipe.link.fabric == "local" or is_partial
+    foresees = recipe.link.fabric != "local" and knows_next(recipe) and (is_partial or bool(recipe.link.down))
     merge_bytes = 0 if method is not None and method.merged else _ACCUMULATOR_BYTES
     aggregator_bytes = shared.values * _FLOAT32_BYTES + shared.most_exchanged * merge_bytes
     return MemoryEstimate(
@@ -108,8 +111,9 @@ def memory_estimate(recipe: Recipe, parameters: int, shared: Shared | None = Non
         disk_bytes=node_state_bytes(recipe, parameters, shared)
         + (shared.values * _FLOAT32_BYTES if _keeps_base(recipe, method) else 0),
         aggregator_bytes=aggregator_bytes
-        + outer_state_bytes(recipe, parameters)
-        + (exchanged_bytes if has_message else 0),
+        + outer_state_bytes(recipe, parameters, shared)
+        + (exchanged_bytes if has_message else 0)
+        + (exchanged_bytes if foresees else 0),
     )
 
 
@@ -191,10 +195,11 @@ def node_state_bytes(recipe: Recipe, parameters: int, shared: Shared | None = No
     return kept + _own_bytes(recipe, parameters) + residual_bytes(recipe, shared.values if shared else parameters)
 
 
-def outer_state_bytes(recipe: Recipe, parameters: int) -> int:
-    """The state of the outer optimizer, and what is held back for its next step."""
-    held = _FLOAT32_BYTES if (method := _method(recipe)) is not None and method.holds_back else 0
-    return parameters * (_OUTER_STATE_BYTES[recipe.federation.outer] + held)
+def outer_state_bytes(recipe: Recipe, parameters: int, shared: Shared | None = None) -> int:
+    """The state of the outer optimizer, and what is held back for its next step: at most what a round exchanges."""
+    method = _method(recipe)
+    held = (shared.most_exchanged if shared else parameters) if method is not None and method.holds_back else 0
+    return parameters * _OUTER_STATE_BYTES[recipe.federation.outer] + held * _FLOAT32_BYTES
 
 
 def _own_bytes(recipe: Recipe, parameters: int) -> int:

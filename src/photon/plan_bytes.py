@@ -52,14 +52,16 @@ class LinkCodecs:
 
 @dataclass(frozen=True)
 class Turn:
-    """Bodies of a round that exchanges certain tensors: updates up, and down what tells a node how it ended.
+    """Bodies of a round that exchanges certain tensors: updates up, and down what tells a node how they were merged.
 
-    `raw_bytes` are the exchanged tensors as float32.
+    `raw_bytes` are the exchanged tensors as float32. `last_down_bytes`: down after the run's last round, where
+    merges are held back for a round: it tells those of the round before as well.
     """
 
     down_bytes: float
     up_bytes: float
     raw_bytes: int = 0
+    last_down_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,14 @@ class RoundBytes:
             return Turn(self.down_bytes, self.up_bytes)
         return self.turns[round_index % len(self.turns)]
 
+    def told(self, index: int, rounds: int) -> float:
+        """Bytes that tell a node the base of round `index` of so many, from 1 on; that after the last is the end."""
+        if not self.holds_back or not self.sends_differences:
+            return self.turn(index - 1).down_bytes
+        if index == rounds:
+            return self.turn(index - 1).last_down_bytes if self.turns and index > 1 else self.turn(index - 1).down_bytes
+        return self.turn(index - 2).down_bytes if index > 1 else 0.0
+
     def over(self, rounds: int) -> RoundBytes:
         """With the mean over the first so many rounds."""
         turns = [self.turn(index) for index in range(rounds)]
@@ -116,9 +126,13 @@ def round_bytes(shapes: Mapping[str, Shape], codecs: LinkCodecs, turns: Sequence
     ups = [codecs.up.body_size(tensors, dict.fromkeys(tensors, torch.float32)) for tensors in exchanged]
     told = exchanged if codecs.sends_differences else [dict(shapes)] * len(exchanged)
     downs = [codecs.down.body_size(tensors, dict.fromkeys(tensors, torch.float32)) for tensors in told]
+    both = [
+        {name: shapes[name] for name in shapes if name in now or name in exchanged[i - 1]} for i, now in enumerate(told)
+    ]
+    lasts = [codecs.down.body_size(tensors, dict.fromkeys(tensors, torch.float32)).body_bytes for tensors in both]
     sizes = [
-        Turn(down.body_bytes, up.body_bytes, FLOAT32_BYTES * sum(map(prod, tensors.values())))
-        for down, up, tensors in zip(downs, ups, exchanged, strict=True)
+        Turn(down.body_bytes, up.body_bytes, FLOAT32_BYTES * sum(map(prod, tensors.values())), last)
+        for down, up, tensors, last in zip(downs, ups, exchanged, lasts, strict=True)
     ]
     return RoundBytes(
         down_bytes=_mean([turn.down_bytes for turn in sizes]),
@@ -152,9 +166,8 @@ def run_down_bytes(recipe: Recipe, node_bytes: RoundBytes, rounds: int | None = 
         if index == 0:
             size = 0.0 if node_bytes.sends_differences else float(node_bytes.whole_bytes)
         else:
-            size = node_bytes.turn(index - 1).down_bytes
+            size = node_bytes.told(index, rounds)
             if node_bytes.sends_differences:
-                size = 0.0 if index == 1 < rounds and node_bytes.holds_back else size
                 size = share_that_holds * size + (1 - share_that_holds) * node_bytes.whole_bytes
         total += tasks * size
         share_that_holds = tasks / owners

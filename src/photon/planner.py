@@ -224,7 +224,7 @@ def predict_round(
     phases["outer"] = shared_bytes / machine.outer_bytes_per_s + shared_bytes / machine.disk_bytes_per_s
     keeps_exact = node_bytes.down_is_lossy and bool(recipe.link.down_feedback)
     apart = shared_bytes * keeps_exact + node_bytes.down_bytes if node_bytes.sends_differences else 0
-    phases["commit"] = (outer_state_bytes(recipe, parameters) + apart) / machine.disk_bytes_per_s
+    phases["commit"] = (outer_state_bytes(recipe, parameters, node_bytes.shared) + apart) / machine.disk_bytes_per_s
     overlaps = topology == "ps" and machine.at_once is None and knows_next(recipe)
     return RoundPrediction(phases, node_bytes, overlaps)
 

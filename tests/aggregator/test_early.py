@@ -29,6 +29,9 @@ LINKS: list[dict[str, Any]] = [
 ]
 
 
+METHODS = ["eager", "fragments(count=2, delay=1)"]
+
+
 def recipe(*parts: str, **more: Any) -> Recipe:
     federation = {"rounds": 5, "parts": list(parts or ["eager"]), "outer": "nesterov", "outer_lr": 0.7}
     federation |= more.pop("federation", {})
@@ -50,10 +53,11 @@ def tasks(messages: list[tuple[str, bytes]]) -> dict[tuple[str, int], tuple[Task
     return {(task.node, task.round): (task, body) for task, body in found if task.tau}
 
 
+@pytest.mark.parametrize("part", METHODS)
 @pytest.mark.parametrize("link", LINKS, ids=str)
-def test_what_is_told_early_is_what_is_asked_then(tmp_path: Path, link: dict[str, Any]) -> None:
+def test_what_is_told_early_is_what_is_asked_then(tmp_path: Path, link: dict[str, Any], part: str) -> None:
     """Base, form, codec and body: a node that has the base of this round needs no more than it was told."""
-    federation = told(tmp_path / "told", recipe(link=link))
+    federation = told(tmp_path / "told", recipe(part, link=link))
     early, asked = tasks(federation.fabric.foretold), tasks(federation.fabric.sent)
     assert early.keys() == {(node, number) for node in NODES for number in range(1, 5)}
     for key, (task, body) in early.items():
@@ -61,7 +65,7 @@ def test_what_is_told_early_is_what_is_asked_then(tmp_path: Path, link: dict[str
         assert task.is_same_work(then)
         assert then.model_copy(update={"nonce": task.nonce}) == task
         assert body == then_body
-    untold = Federation(tmp_path / "untold", recipe(link=link), share_disk=False)
+    untold = Federation(tmp_path / "untold", recipe(part, link=link), share_disk=False)
     assert untold.run().model_sha256 == federation.aggregator.state().model_sha256
     assert untold.fabric.foretold == []
 
@@ -89,13 +93,16 @@ def test_owners_of_their_own_pace_and_who_is_drawn_twice_are_foreseen(tmp_path: 
     "changes",
     [
         {"parts": []},
+        {"parts": ["fragments(count=2)"]},
+        {"parts": ["fragments(count=2, delay=1)", "share(first=0)"]},
         {"parts": ["eager", "tau_by_agreement"]},
         {"parts": ["eager"], "balance": "time"},
     ],
     ids=str,
 )
 def test_what_hangs_on_the_round_at_hand_is_not_told(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert told(tmp_path, recipe(federation=changes)).fabric.foretold == []
+    asked = recipe(federation=changes, node={"optimizer": "adamw", "optimizer_state": "keep"})
+    assert told(tmp_path, asked).fabric.foretold == []
 
 
 def test_a_step_that_is_not_held_back_is_no_base_to_begin_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,19 +149,24 @@ def hasty(folder: Path, asked: Recipe, network: Callable[[list[Arrival]], list[A
     return made
 
 
+@pytest.mark.parametrize("part", METHODS)
 @pytest.mark.parametrize("link", LINKS, ids=str)
-def test_who_begins_early_ends_with_the_same_model(tmp_path: Path, link: dict[str, Any]) -> None:
-    early, late = hasty(tmp_path / "early", recipe(link=link)), Federation(tmp_path / "late", recipe(link=link))
+def test_who_begins_early_ends_with_the_same_model(tmp_path: Path, link: dict[str, Any], part: str) -> None:
+    early, late = (
+        hasty(tmp_path / "early", recipe(part, link=link)),
+        Federation(tmp_path / "late", recipe(part, link=link)),
+    )
     assert early.run().model_sha256 == late.run().model_sha256
     assert without_timings(early.rounds()) == without_timings(late.rounds())
     begun = [node.begun for node in early.fabric.handlers.values() if isinstance(node, Hasty)]
     assert begun == [[1, 2, 3, 4]] * 3
 
 
+@pytest.mark.parametrize("part", METHODS)
 @pytest.mark.parametrize("keep_last", [1, 3])
 @pytest.mark.parametrize("link", [LINKS[0], LINKS[2]], ids=str)
 def test_a_round_that_fails_is_handed_in_again_by_who_is_a_round_ahead(
-    tmp_path: Path, link: dict[str, Any], keep_last: int
+    tmp_path: Path, link: dict[str, Any], keep_last: int, part: str
 ) -> None:
     """Its update is kept beside that of the round after, and the state to train it again as well."""
 
@@ -162,7 +174,7 @@ def test_a_round_that_fails_is_handed_in_again_by_who_is_a_round_ahead(
         number = expect_reply(decode_message(arrivals[0].message)).round
         return [(0.0, Lost(arrival.node, "power cut") if number == 2 else arrival) for arrival in arrivals]
 
-    asked = recipe(link=link, checkpoint={"keep_last": keep_last})
+    asked = recipe(part, link=link, checkpoint={"keep_last": keep_last})
     expected = Federation(tmp_path / "whole", asked, share_disk=False).run().model_sha256
     with pytest.raises(RoundFailedError):
         hasty(tmp_path / "parts", asked, failing).run()

@@ -50,16 +50,16 @@ def foresee(
 ) -> Foreseen:
     """The base after `now`, to the last bit as the end of the round makes it: `seed` and `moved` are as given there.
 
-    With a downlink that is not exact the foreseen model is in memory meanwhile, and then what tells it.
+    With a downlink that is not exact what moves is in memory meanwhile, once more, and then what tells it.
     """
     weights = outer.weights()
     order = writing_order({name: weight.dtype for name, weight in weights.items()})
     if downlink.is_exact:
         body, sha256 = store.forecast(streamed_chunks(weights, ((name, outer.foreseen(name)) for name in order)))
         return Foreseen(sha256, downlink, body)
-    later = copy(downlink)  # `advance` gives it other tensors, and changes none of those that it has
+    later = copy(downlink)  # `advance` gives it other tensors, and changes none but those that it is told have moved
     later.holders = dict.fromkeys(now.nodes, now.sha256)
-    foreseen = {name: outer.foreseen(name) for name in weights}
+    foreseen = {name: outer.foreseen(name) if name in moved else weight for name, weight in weights.items()}
     digest = hashlib.sha256()
     for chunk in streamed_chunks(weights, later.advance(foreseen, now.base, now.sha256, seed, moved)):
         digest.update(chunk)

@@ -102,14 +102,15 @@ class OuterOptimizer:
     def step(self, pseudo_gradient: Iterable[tuple[str, Tensor]]) -> Stepped:
         """theta_{t+1} from the merged pseudo-gradient of round t, which may be made one tensor at a time.
 
-        What was held back is stepped along first, by the same rule; if the new one is not held back too, the two count
-        as one step. What is held takes 4 bytes a parameter, and the new takes the place of the old.
+        What was held back is stepped along first, by the same rule, also of tensors that this pseudo-gradient lacks; if
+        the new one is not held back too, the two count as one step. What is held takes 4 bytes a parameter, and the new
+        takes the place of the old.
 
         Optimizer state that is shared becomes the mean of the nodes'. Raises ValueError unless it has every name once
         that is to be moved, KeyError on a name that the model lacks: the model is spoilt then. The norms are those of
         the weights.
         """
-        gradient_squares = moved_squares = 0.0
+        gradient_squares, moved_squares = 0.0, self._step_along_held()
         seen: list[str] = []
         for name, gradient in pseudo_gradient:
             seen.append(name)
@@ -134,6 +135,17 @@ class OuterOptimizer:
         if sorted(seen) != sorted(self._names):
             raise ValueError("the pseudo-gradient does not have every tensor once that is to be moved")
         return Stepped(math.sqrt(gradient_squares), math.sqrt(moved_squares))
+
+    def _step_along_held(self) -> float:
+        """Take the steps held back of tensors that are not moved otherwise; the sum of what that changed, squared."""
+        squares = 0.0
+        for name in sorted(self._held.keys() - self._names):
+            held, weight, state = self._held.pop(name).view(-1), self._weights[name].view(-1), self._state_of(name)
+            for piece in _pieces(weight):
+                before = weight[piece].clone()
+                self._move(weight[piece], held[piece], _cut(state, piece))
+                squares += squares_of(before.sub_(weight[piece]))
+        return squares
 
     def _move(self, weight: Tensor, gradient: Tensor, state: State) -> None:
         """One step of a piece of a weight."""

@@ -105,6 +105,7 @@ class Aggregator:
         self.exchanged = self.method.exchanged(self._shapes, progress.round)
         is_last = progress.sequential_step + self.federation.tau >= steps
         self.late.begin(progress.round, 0 if is_last else self.method.late_rounds)
+        self.moved = self.method.moved(self._shapes, progress.round, is_last)
         holds_back = self.method.holds_back and not is_last
         self.outer.follow(self.federation, self.exchanged, self.method.averages(moment), holds_back)
 
@@ -229,7 +230,7 @@ class Aggregator:
         step, names = now.sequential_step + self.federation.tau, [info.name for info in nodes]
         seed = self._downlink_seed(now.round + 1)
         base = foresee(
-            self.outer, self.downlink, self.store, Present(self.payload, self.model_sha256, names), seed, self.exchanged
+            self.outer, self.downlink, self.store, Present(self.payload, self.model_sha256, names), seed, self.moved
         )
         moment = Moment(now.round + 1, step, federation.sequential_steps, tau=self.federation.tau)
         tau = self.method.federation(federation, moment).tau
@@ -349,7 +350,8 @@ class Aggregator:
 
     def _raw_bytes(self) -> RawBytes:
         """As float32: all that is shared, what of it the round before has moved, what this one exchanges."""
-        moved = self.method.exchanged(self._shapes, self.progress.round - 1) if self.progress.round else []
+        before = self.progress.round - 1
+        moved = self.method.moved(self._shapes, before, is_last=self._is_over()) if before >= 0 else []
         return RawBytes(*(4 * self._values(names) for names in (self._shapes, moved, self.exchanged)))
 
     def _values(self, names: Iterable[str]) -> int:
@@ -371,7 +373,7 @@ class Aggregator:
         if self.downlink.is_exact:
             return self.store.draft_model(tensor_chunks(weights))
         seed = self._downlink_seed(self.progress.round + 1)
-        tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed, self.exchanged)
+        tensors = self.downlink.advance(weights, self.payload, self.model_sha256, seed, self.moved)
         return self.store.draft_model(streamed_chunks(weights, tensors))
 
     def _downlink_seed(self, round_index: int) -> str:

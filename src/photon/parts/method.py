@@ -115,9 +115,9 @@ class Method:
             part.check_nodes(nodes)
 
     def _check_held_back(self, balance: str) -> None:
-        averages = any(changes(part, "averages") for part in self.parts)
         partial = self.is_partial or self.keeps_weights or self.shared_state
-        if (self.holds_back or self.goes_ahead) and (partial or self.late_rounds or averages):
+        asks = any(part.holds_back() for part in self.parts)
+        if (asks or self.goes_ahead) and (partial or self.late_rounds or self._averages):
             raise ConfigError(
                 "federation.parts: where outer steps are taken a round later, every round exchanges all weights and no "
                 "optimizer state, updates come in time, and the outer optimizer itself moves the model: eager goes "
@@ -167,8 +167,16 @@ class Method:
         """
         if round_index == 0:
             return list(shapes)
-        source = round_index - 1 - max((part.wait_rounds() for part in self.parts), default=0)
+        source = round_index - 1 - self._wait_rounds
         return self.exchanged(shapes, source) if source >= 0 else []
+
+    @property
+    def _wait_rounds(self) -> int:
+        return max((part.wait_rounds() for part in self.parts), default=0)
+
+    @property
+    def _averages(self) -> bool:
+        return any(changes(part, "averages") for part in self.parts)
 
     def exchanged_before(self, shapes: Shapes, round_index: int) -> set[str]:
         """The shared tensors that some round before that one has exchanged."""
@@ -242,8 +250,20 @@ class Method:
 
     @property
     def holds_back(self) -> bool:
-        """Whether outer steps are taken a round later."""
-        return any(part.holds_back() for part in self.parts)
+        """Whether outer steps are taken a round later: a part says so, or nodes wait longer for what they exchange, so
+        that they miss nothing and can be told early what comes next."""
+        waits = self._wait_rounds > 0 and not self.shared_state and not self._averages
+        return waits or any(part.holds_back() for part in self.parts)
+
+    def moved(self, shapes: Shapes, round_index: int, is_last: bool) -> list[str]:
+        """The shared tensors that the outer step at the end of that round moves, in the order of `shapes`; `is_last`:
+        of the run's last round, which holds nothing back."""
+        exchanged = self.exchanged(shapes, round_index)
+        if not (self.holds_back and self.is_partial):
+            return exchanged
+        held = self.exchanged(shapes, round_index - 1) if round_index else []
+        names = {*held, *(exchanged if is_last else ())}
+        return [name for name in shapes if name in names]
 
     def knows_next(self, federation: FederationConfig) -> bool:
         """Whether all of the next round's tasks is known when a round begins: base, tau and place in the run."""

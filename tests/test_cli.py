@@ -36,9 +36,9 @@ FROZEN = {
     "export": ["run", "folder", "--round"],
     "report": ["run"],
     "plan": [
-        "words", "--nodes", "--bandwidth", "--bandwidth-down", "--aggregator-bandwidth", "--latency", "--device",
-        "--devices-per-node", "--mfu", "--tokens-per-second", "--steps-per-second", "--at-once", "--control", "--ideal",
-        "--topology", "--parameters", "--bytes-per-parameter", "--compute-ratio", "--baseline-steps",
+        "words", "--method", "--nodes", "--bandwidth", "--bandwidth-down", "--aggregator-bandwidth", "--latency",
+        "--device", "--devices-per-node", "--mfu", "--tokens-per-second", "--steps-per-second", "--at-once",
+        "--control", "--ideal", "--topology", "--parameters", "--bytes-per-parameter", "--compute-ratio", "--baseline-steps",
         "--baseline-steps-per-second", "--baseline-bytes-per-parameter", "--utilisation", "--price-device",
         "--price-traffic", "--paper", "--sweep", "--out", "--json",
     ],

@@ -31,7 +31,8 @@ app.command(name="another")(lambda: None)  # with one command alone typer takes 
 def output(line: str, *more: str) -> str:
     """What it says; of the demo without its parts, unless others are named, so that bytes are those of the weights."""
     words = line.split()
-    plain = [] if words[0] != "demo" or any("parts" in word for word in (*words, *more)) else ["federation.parts=[]"]
+    is_named = any("parts" in word or word == "--method" for word in (*words, *more))
+    plain = [] if words[0] != "demo" or is_named else ["federation.parts=[]"]
     arguments = ["plan", words[0], *plain, *words[1:], *more]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -394,3 +395,17 @@ def test_parameters_alone_have_no_fragments() -> None:
     found = planned("demo --parameters 1000000 --bytes-per-parameter 2", "federation.parts=share(second=0)")
     assert 2_000_000 < found["bytes"]["node_up_bytes"] <= 4_000_000
     assert "has one tensor" in refused("demo --parameters 1000000 federation.parts=fragments")
+
+
+def test_a_method_is_laid_over_the_recipe_as_train_lays_it() -> None:
+    eager = planned("demo --method eager-diloco --bandwidth 10Mbps")
+    assert eager["tau"] == planned("demo")["tau"]
+    assert eager["hidden_s"] > 0
+    assert eager["round_s"] == pytest.approx(sum(eager["phases_s"].values()) - eager["hidden_s"])
+    plain = planned("demo --method diloco --bandwidth 10Mbps")
+    assert plain["hidden_s"] == 0
+    assert plain["round_s"] > eager["round_s"]
+    assert planned("demo --method streaming-diloco")["rounds"] == 4 * planned("demo")["rounds"]
+    assert "beside each other" in output("demo --method eager-diloco --bandwidth 10Mbps")
+    assert "beside each other" not in output("demo --method diloco --bandwidth 10Mbps")
+    assert "no method" in refused("demo --method nonsense")

@@ -25,6 +25,7 @@ EPILOG = """Examples:\n
 photon plan demo --device measured --bandwidth 100Mbps --latency 40ms\n
 photon plan paper-1.3b link=balanced --device h100 --devices-per-node 8 --bandwidth 1Gbps --compute-ratio 2.75\n
 photon plan paper-7b --paper   (the paper's own comparison: 95.6 hours against 148)\n
+photon plan paper-1.3b --method eager-diloco --bandwidth 100Mbps   (a method laid over the recipe: photon methods)\n
 photon plan paper-125m --sweep bandwidth=10Mbps..10Gbps --out plan.html"""
 
 # From least to most: beyond these no site, model or training is, and formulas leave the range of numbers.
@@ -51,6 +52,9 @@ class PlanOptions:
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [section.key=value ...]", help="Preset or TOML file (default demo); options."),
+    ] = None
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Lay this method over the recipe: a name, or a .toml file.")
     ] = None
     nodes: Annotated[int | None, typer.Option(help="Nodes of a round; default: the recipe's.", min=1, max=_MOST)] = None
     bandwidth: Annotated[str | None, typer.Option(help="Of a node's link, up (1Gbps, 20MB/s); default 1Gbps.")] = None
@@ -147,12 +151,14 @@ def run_plan(options: PlanOptions) -> None:
 def ask(options: PlanOptions) -> Question:
     """The question that the options put. Raises InputError for what makes no sense together."""
     from photon.cli import split_words
+    from photon.method import apply_method, load_method
     from photon.plan_answer import Baseline, Prices, Question
     from photon.plan_sizes import flat_model, model_facts
     from photon.recipe import load_recipe
 
     recipe_name, overrides = split_words(options.words or [])
-    recipe = load_recipe(recipe_name, overrides)
+    method = load_method(options.method) if options.method else None
+    recipe = apply_method(method, recipe_name, overrides) if method else load_recipe(recipe_name, overrides)
     if options.paper:
         options = _as_in_the_paper(options, recipe.name)
     _check(options)

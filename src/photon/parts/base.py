@@ -94,7 +94,10 @@ class Part:
         return False
 
     def wait_rounds(self) -> int:
-        """Rounds that pass before nodes take from the base what a round has exchanged; 0: the next begins with it."""
+        """Rounds that pass before nodes take from the base what a round has exchanged; 0: the next begins with it.
+
+        Above 0 outer steps are taken a round later where nothing speaks against it (`Method.holds_back`).
+        """
         return 0
 
     # At the node.

@@ -23,8 +23,9 @@ outer gradients, which it finds to be worse).
 In the run's last round nothing is left to hide behind: it takes both steps, so the final model has everything. Before
 that what is evaluated is the base, which lacks the newest round's updates.
 
-This is the arithmetic of hiding communication, for finding out what it costs in loss. The wall clock does not hide it:
-our rounds do not overlap, a round still ends when its replies are merged, and the next begins when its base is there.
+Between machines the wall clock hides it too: the base of round t + 1 is known when round t begins, nodes are told of it
+then, and train on while their updates travel and are merged (`photon.aggregator.early`). On one machine there is
+nothing to hide, and the arithmetic is the same: there one finds out what it costs in loss.
 
 A node takes its update ahead as trained, not as the codec of `link.up` leaves it: so do the paper's workers, error
 feedback sends later what was left out now, and what a codec distorts is for the mean to even out. It is scaled down to

@@ -7,18 +7,21 @@ pseudo-gradient of a fragment is its last merged value less what the node has of
 it is exchanged, and only then.
 
 With `delay` nodes begin round r + 1 + delay, not r + 1, with what came of round r, and mix it: `mix * own + (1 - mix) *
-merged`. That is the arithmetic of hiding communication behind training, for finding out what a delay costs in loss. The
-wall clock does not hide it: a round still ends when its replies are merged, and the next begins when its base is there.
-What is gained in time is that a round carries a fragment, not the model.
+merged`. So nobody misses anything if the outer step along a round's updates is taken at the end of the next round, and
+it is: the base of round r + 1 is then known when round r begins, and between machines nodes are told of it and train on
+while their fragment travels and is merged (`photon.aggregator.early`). A second round of delay hides no more. With
+shared optimizer state, or while a part has the outer optimizer average, steps are taken at once and nothing overlaps.
+An outer step takes the outer rate and momentum of the round in which it is taken.
 
 What is evaluated, exported and at the end of the run the model is what was merged last of each fragment, as in the
 paper; of fragment f that lacks what nodes learnt in the rounds since, fewer than `count`, at the end of the learning
-rate's decay. A last round that exchanges everything is no way out. It would carry the whole model over a link that was
-chosen for a fragment of it, and the outer momentum, which is that of `count` rounds, would move weights nearly as far
-again for the work of one.
+rate's decay. With a delay the model of a round before the last also lacks what was exchanged last. A last
+round that exchanges everything is no way out. It would carry the whole model over a link that was chosen for a fragment
+of it, and the outer momentum, which is that of `count` rounds, would move weights nearly as far again for the work of
+one.
 
-A node that comes late, or has missed a round, takes the whole base; with a delay that has merges that others take, and
-it too mixes in once more, a little later.
+A node that comes late, or has missed a round, takes the whole base; with a delay above 1 that has merges which others
+take, and it too mixes in once more, a little later.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ FROZEN = {
     "plan": [
         "words", "--method", "--nodes", "--bandwidth", "--bandwidth-down", "--aggregator-bandwidth", "--latency",
         "--device", "--devices-per-node", "--mfu", "--tokens-per-second", "--steps-per-second", "--at-once",
-        "--control", "--ideal", "--topology", "--parameters", "--bytes-per-parameter", "--compute-ratio", "--baseline-steps",
-        "--baseline-steps-per-second", "--baseline-bytes-per-parameter", "--utilisation", "--price-device",
-        "--price-traffic", "--paper", "--sweep", "--out", "--json",
+        "--control", "--ideal", "--topology", "--parameters", "--bytes-per-parameter", "--compute-ratio",
+        "--baseline-steps", "--baseline-steps-per-second", "--baseline-bytes-per-parameter", "--utilisation",
+        "--price-device", "--price-traffic", "--paper", "--sweep", "--out", "--json",
     ],
     "compare": [
         "words", "--methods", "--budget", "--seeds", "--target-loss", "--links", "--plan-device", "--tune", "--jobs",

@@ -5,6 +5,8 @@ TORCH_BACKEND ?=
 # uv does not read pip's configuration: hand over the extra places that pip was told to look in.
 export UV_FIND_LINKS ?= $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
 export PHOTON_BIN := .venv/bin/photon
+# Containers and CI often set it: then every process compiles torch and all else that it imports again, seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-sites test-all check format bench docs clean help
 .DEFAULT_GOAL := help

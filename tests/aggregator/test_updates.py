@@ -184,12 +184,16 @@ def alive_at_once(updates: Iterator[tuple[str, Tensor]], keep: bool = False) -> 
     refs: list[weakref.ref[Tensor]] = []
     kept: list[Tensor] = []
     most = 0
-    for _, tensor in updates:
-        refs.append(weakref.ref(tensor))
-        if keep:
-            kept.append(tensor)
-        gc.collect()
-        most = max(most, sum(ref() is not None for ref in refs))
+    gc.freeze()  # what there was before, a million objects of torch's modules, is not searched each time
+    try:
+        for _, tensor in updates:
+            refs.append(weakref.ref(tensor))
+            if keep:
+                kept.append(tensor)
+            gc.collect()
+            most = max(most, sum(ref() is not None for ref in refs))
+    finally:
+        gc.unfreeze()
     return most
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.faults.federations import OWNERS, run, write_recipe
+from tests.faults.federations import OWNERS, run, run_here, write_recipe
 
 from photon.aggregator.state import RoundStore
 from photon.errors import InputError
@@ -60,7 +60,7 @@ def test_what_is_shared_is_not_changed_in_mid_run(finished: RunFolder, tmp_path:
     recipe = folder.recipe.read_text()
     changed = recipe.replace("parts = []", 'parts = ["share"]').replace("rounds = 4", "rounds = 5")
     folder.recipe.write_text(changed)
-    code, output = run("train", "--resume", folder.path)
+    code, output = run_here("train", "--resume", folder.path)
     assert code == 1, output
     said = "has shared no optimizer state since it began, and its recipe now says exp_avg, exp_avg_sq, momentum_buffer"
     assert said in output
@@ -72,8 +72,9 @@ def test_a_batch_size_that_was_changed_holds_from_the_resume_on(finished: RunFol
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(finished.path, folder.path)
     recipe = folder.recipe.read_text().replace("\nbatch_size = 2 ", "\nbatch_size = 1 ", 1)
+    recipe = recipe.replace("\nworkers = 2 ", "\nworkers = 1 ")  # the second's start-up shows nothing here
     folder.recipe.write_text(recipe.replace("rounds = 4", "rounds = 5"))
-    code, output = run("train", "--resume", folder.path)
+    code, output = run_here("train", "--resume", folder.path)
     assert code == 0, output
     last = [event for event in read_events(folder.metrics) if isinstance(event, RoundDone)][-1]
     tokens_of = {"ada": 1 * 4 * 32, "bob": 3 * 2 * 32, "cyd": 1 * 4 * 32}
@@ -83,11 +84,11 @@ def test_a_batch_size_that_was_changed_holds_from_the_resume_on(finished: RunFol
 def test_the_same_kinds_of_other_weights_are_told_apart(recipe: Path, tmp_path: Path) -> None:
     """Muon has second moments of the embedding and the norms alone, AdamW of every weight."""
     folder = RunFolder(tmp_path / "run")
-    shares = ('federation.parts=["share(first=0)"]', "federation.rounds=1", "node.optimizer=muon")
-    code, output = run("train", recipe, *shares, "--run", folder.path)
+    shares = ('federation.parts=["share(first=0)"]', "federation.rounds=1", "node.optimizer=muon", "node.workers=1")
+    code, output = run_here("train", recipe, *shares, "--run", folder.path)
     assert code == 0, output
     folder.recipe.write_text(folder.recipe.read_text().replace('optimizer = "muon"', 'optimizer = "adamw"'))
-    code, output = run("train", "--resume", folder.path)
+    code, output = run_here("train", "--resume", folder.path)
     assert code == 1, output
     told = re.search(r"node.optimizer: .* shared exp_avg_sq of (\d+) weights .* now says exp_avg_sq of (\d+) w", output)
     assert told is not None, output
@@ -158,10 +159,10 @@ def test_an_earlier_round_is_there_too(finished: RunFolder, tmp_path: Path) -> N
     (model,) = (folder.path / "rounds" / "000004").glob("model*")
     data = model.read_bytes()
     model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    code, output = run("export", folder.path, tmp_path / "model")
+    code, output = run_here("export", folder.path, tmp_path / "model")
     assert code == 1
     assert f"Other committed rounds: {rounds[:-1]}; ask for one with --round N" in " ".join(output.split())
-    code, output = run("export", folder.path, tmp_path / "model", "--round", rounds[-2])
+    code, output = run_here("export", folder.path, tmp_path / "model", "--round", rounds[-2])
     assert code == 0, output
     assert (tmp_path / "model" / "config.json").is_file()
 
@@ -169,7 +170,7 @@ def test_an_earlier_round_is_there_too(finished: RunFolder, tmp_path: Path) -> N
 def test_scores_stand_beside_the_pattern_that_was_given(finished: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ada 4 of 3 things; bob 7 of 2 things; " * 9)
     pattern = f"{tmp_path}/[a-z].txt"
-    code, output = run("evaluate", finished.path, "--data", pattern)
+    code, output = run_here("evaluate", finished.path, "--data", pattern)
     assert code == 0, output
     assert pattern in "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
 
@@ -178,12 +179,12 @@ def test_records_may_hold_their_text_in_another_field(finished: RunFolder, tmp_p
     text, records = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("ada 4 of 3 things; " * 9)
     records.write_text(json.dumps({"id": 1, "body": text.read_text()}))
-    code, output = run("evaluate", finished.path, "--data", records)
+    code, output = run_here("evaluate", finished.path, "--data", records)
     assert code == 2
     said = " ".join(output.split())
     assert "line 1: no field 'text'; fields here: 'id', 'body'" in said
     assert "--field" in said
-    code, output = run("evaluate", finished.path, "--data", records, "--field", "body")
+    code, output = run_here("evaluate", finished.path, "--data", records, "--field", "body")
     assert code == 0, output
     assert evaluate_run(finished, [str(records)], None, field="body")[0] == evaluate_run(finished, [str(text)], None)[0]
 
@@ -238,7 +239,7 @@ def test_samples_before_and_after(finished: RunFolder) -> None:
 
 def test_the_baseline_trains_the_same_tokens_in_one_place(recipe: Path) -> None:
     folder = recipe.parent / "baseline"
-    code, output = run("train", recipe, "federation.outer=none", "--run", folder)
+    code, output = run_here("train", recipe, "federation.outer=none", "node.workers=1", "--run", folder)
     assert code == 0, output
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["nodes"] == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.faults.federations import finish, run, start, wait_for, write_recipe
+from tests.faults.federations import finish, run_here, start, wait_for, write_recipe
 
 from photon.compare import Asked, compare, slots_of
 from photon.compare_content import Comparison
@@ -42,7 +42,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(recipe: Path) -> Path:
     out = recipe.parent / "finished"
-    code, output = finish(start(*arguments(recipe, out)), TIMEOUT_S)
+    code, output = run_here(*arguments(recipe, out))
     assert code == 0, output
     assert str(out / "compare.html") in output.replace("\n", "")
     return out
@@ -101,7 +101,7 @@ def test_repeated_nothing_is_run_again(recipe: Path, finished: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*") if path.is_file()}
 
     before, first = records(), told(finished)
-    code, output = run(*arguments(recipe, finished))
+    code, output = run_here(*arguments(recipe, finished))
     assert code == 0, output
     assert "4 of 4 runs are finished already" in output
     assert records() == before

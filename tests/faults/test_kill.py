@@ -9,17 +9,27 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.faults.federations import finish, record, run, start, summary, wait_for, workers_of, write_recipe
+from tests.faults.federations import (
+    finish,
+    record,
+    run,
+    run_here,
+    start,
+    summary,
+    wait_for,
+    workers_of,
+    write_recipe,
+)
 
 ROUNDS = 24  # enough that a disturbance falls into training, not behind it
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A recipe and a finished run of it."""
+    """A recipe and a finished run of it, by one worker: what comes out does not depend on how many there are."""
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = write_recipe(folder, rounds=ROUNDS)
-    code, output = run("train", recipe, "--run", folder / "run")
+    code, output = run_here("train", recipe, "node.workers=1", "--run", folder / "run")
     assert code == 0, output
     return recipe, folder / "run"
 

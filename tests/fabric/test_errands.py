@@ -383,6 +383,7 @@ class Worker:
     def __init__(self, put: Callable[[Signal], None], folder: Path) -> None:
         self._put, self._folder = put, folder
         self.given: list[int] = []
+        self.time_s: list[float] = []
         self.heard: list[str] = []
         self.saved: list[int] = []
         self.may_end = {number: Event() for number in range(10)}
@@ -390,6 +391,7 @@ class Worker:
     def give(self, message: Sealed) -> None:
         of = expect_task(decode_message(message))
         self.given.append(of.round)
+        self.time_s.append(of.deadline_s)
         self._put(NodeProgress(node="ada", round=of.round, state="training", step=1, steps=of.tau))
         Thread(target=self._answer, args=(of, len(self.heard)), daemon=True).start()
 
@@ -513,6 +515,17 @@ def test_nothing_of_early_work_leaves_before_it_is_asked_for(site: Site, net: Ne
     assert site.worker.given == [3, 4]
 
 
+def test_early_work_has_the_time_of_any_other(site: Site, net: Net) -> None:
+    """Told a minute before it can begin, it would else end a minute before its deadline."""
+    net.is_open.set()
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    until(lambda: site.worker.given == [3])
+    time.sleep(0.5)
+    site.go(3)
+    until(lambda: site.worker.given == [3, 4])
+    assert site.worker.time_s[1] > 59.8
+
+
 def test_its_base_comes_while_the_round_before_is_trained(site: Site, net: Net) -> None:
     site.offer(head(task("n3", 3)), 0, coming("early", 4))
     until(lambda: net.fetched == ["4" * 64])
@@ -627,10 +640,11 @@ def test_early_work_that_fails_is_tried_again_when_it_is_asked_for(
     site: Site, net: Net, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net.is_open.set()
-    troubles = [OSError("no space")]
+    troubles, tried = [OSError("no space")], list[int]()
     base = Site._base
 
     def full(self: Site, job: Job) -> bytes:
+        tried.append(job.task.round)
         if job.task.round == 4 and troubles:
             raise troubles.pop()
         return base(self, job)
@@ -640,6 +654,10 @@ def test_early_work_that_fails_is_tried_again_when_it_is_asked_for(
     site.go(3)
     assert reply_of(site.wait("done", "n3")).status == "ok"
     until(lambda: not troubles and site._early is None)
+    for _ in range(3):  # it is told again with each question, and not tried each time
+        site.offer(head(task("n3", 3)), 0, coming("early", 4))
+        time.sleep(0.02)
+    assert tried == [3, 4]
     site.offer(head(task("n4", 4)), 0)
     site.go(4)
     assert reply_of(site.wait("done", "n4")).status == "ok"

@@ -59,6 +59,7 @@ class Errands:
         self._current: Job | None = None  # asked for and begun: its standing is told
         self._coming: Job | None = None  # what will most likely be asked next, not begun
         self._early: Job | None = None  # that, begun
+        self._vain: Job | None = None  # that, after an error
         self._standing = self._early_standing = Standing()
         self._at_hand: Job | None = None  # what the trainer is for now
         self._fetching: Crossing | None = None  # the base of what is coming
@@ -159,8 +160,8 @@ class Errands:
         self._standing = replace(self._standing, nonce=job.task.nonce)
 
     def _expect(self, job: Job) -> None:
-        """What will most likely be asked next, unless that is known or even begun."""
-        if not job.is_same_as(self._coming) and not job.is_same_as(self._early):
+        """What will most likely be asked next, unless that is known, begun, or was tried in vain."""
+        if not any(map(job.is_same_as, (self._coming, self._early, self._vain))):
             self._forget_early()
             self._coming = job
 
@@ -175,7 +176,9 @@ class Errands:
         if self._next is not None:
             self._current, self._next = self._next, None
             return self._current
-        self._early, self._coming = self._coming, None
+        coming, self._coming = self._coming, None
+        # Its time begins now: it was told while another was trained.
+        self._early = replace(coming, received=time.monotonic()) if coming is not None else None
         self._early_standing = Standing(phase="waiting")
         return self._early
 
@@ -236,8 +239,8 @@ class Errands:
         say(f"round {job.task.round}: {type(error).__name__}: {error}")
         with self._changed:
             self._coming = None
-            if job.is_same_as(self._early):  # when it is asked for it is tried again
-                self._early = None
+            if job.is_same_as(self._early):  # tried again when it is asked for, not before
+                self._early, self._vain = None, job
         return failure_reply(Sealed(job.head, b""), job.task.node, public_reason(type(error).__name__))
 
     def _base(self, job: Job) -> Body:

@@ -40,7 +40,7 @@ def open_site(file: SiteFile, folder: Path, recipe: Recipe) -> Site:
     length = recipe.data.sequence_length
     readers = [ShardReader(source) for source in file.sources]
     # Of a method by which a node may train on while its reply is on its way, the Aggregator may ask for a round more.
-    rounds = 2 if Method.of(recipe).holds_back else 1
+    rounds = 2 if file.keeps_replies and Method.of(recipe).holds_back else 1
     scored = [held_out(reader, length, recipe.evaluation.sequences) for reader in readers] if file.evaluates else []
     return Site(
         name=file.name,

@@ -163,6 +163,13 @@ def test_a_run_is_prepared_from_card_tokenizer_and_own_text(made: Made) -> None:
     assert all(source.is_absolute() and source.is_relative_to(made.home.path / "data") for source in file.sources)
     site = open_site(file, folder.node("ada"), prepared.recipe)
     assert site.replies is not None
+    assert (site.replies._keep, site.store._keep_last) == (1, prepared.recipe.checkpoint.keep_last)
+    # Of a method by which it may be a round ahead of the Aggregator, it keeps what that may ask for again.
+    changes = {"parts": ["eager"], "outer": "nesterov"}
+    eager = prepared.recipe.model_copy(update={"federation": prepared.recipe.federation.model_copy(update=changes)})
+    ahead = open_site(file, folder.node("ada"), eager)
+    assert ahead.replies is not None
+    assert (ahead.replies._keep, ahead.store._keep_last) == (2, prepared.recipe.checkpoint.keep_last + 1)
     assert site.stream.batch(0, 3).shape == (3, 17)
     assert len(site.heldout[0].sequences) > 0
     (reader,) = map(ShardReader, file.sources)

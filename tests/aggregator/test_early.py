@@ -78,6 +78,15 @@ def test_a_schedule_of_tau_is_foreseen(tmp_path: Path) -> None:
     assert all(task.is_same_work(then[key][0]) for key, (task, _) in early.items())
 
 
+def test_who_drops_out_of_this_round_may_be_drawn_for_the_next(tmp_path: Path) -> None:
+    """The next draw is among all who are there, not among those that are left of this one."""
+    asked = recipe(federation={"nodes_per_round": 1, "rounds": 16, "dropout": 0.4, "oversample": 1.0})
+    federation = told(tmp_path, asked)
+    early, then = tasks(federation.fabric.foretold), tasks(federation.fabric.sent)
+    assert early.keys() == {(name, number) for name, number in then if (name, number - 1) in then}
+    assert len(early) > 4
+
+
 def test_owners_of_their_own_pace_and_who_is_drawn_twice_are_foreseen(tmp_path: Path) -> None:
     """Who is not drawn in the next round is told nothing; nor is who was not drawn in this one."""
     asked = recipe(federation={"tau": 4, "nodes_per_round": 2, "rounds": 8})

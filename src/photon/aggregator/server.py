@@ -170,11 +170,11 @@ class Aggregator:
     def _gather(self, draw: Draw, present: list[NodeInfo]) -> Merged:
         """Train on the nodes drawn and merge. Raises RoundFailedError if fewer than the quorum can be used."""
         left = {info.name: info for info in present if info.name not in draw.dropped}
-        nodes, present = [left[name] for name in draw.asked], list(left.values())
-        tasks = self._asks().all(nodes, present)
+        nodes, there = [left[name] for name in draw.asked], list(left.values())
+        tasks = self._asks().all(nodes, there)
         training = self.late.tasks | {info.name: tasks[info.name] for info in nodes}
         limits = self.late.limits_with({info.name: info.tokens_per_step for info in nodes})
-        heldout_limits = {info.name: info.evaluation_tokens for info in present}
+        heldout_limits = {info.name: info.evaluation_tokens for info in there}
         uniform, one = self.recipe.federation.weighting == "uniform", UNIFORM_WEIGHT if self.method.late_rounds else 1
         base = self._base()
         bound = self._norm_bound(base)
@@ -182,7 +182,7 @@ class Aggregator:
         merged, watch = Merged(), Stopwatch()
         exchange = self._exchange(draw.nodes)
         exchange.send({name: self._told(task) for name, task in tasks.items()})
-        self._foretell(nodes, present)
+        self._foretell(nodes, [info.name for info in present if info.trains])
         for task, message in watch.split(exchange.replies(), "nodes", "merge"):
             reply, node, age = expect_reply(message), task.node, self.late.age(task)
             own = bound.since(task.sequential_step) if age else bound
@@ -219,10 +219,11 @@ class Aggregator:
         merged.pseudo_gradient = merged.timed(merge.result()) if isinstance(merge, Gathered) else merge.result()
         return merged
 
-    def _foretell(self, nodes: list[NodeInfo], present: list[NodeInfo]) -> None:
+    def _foretell(self, nodes: list[NodeInfo], trainers: list[str]) -> None:
         """Tell those that train now what they will be asked next, where that is known; done with this, they begin it.
 
-        `photon.aggregator.early` says why it is known, and what comes of it if it was wrong.
+        `trainers` are all from whom the next round will draw, if nobody comes or goes. `photon.aggregator.early` says
+        why the rest is known, and what comes of it if it was wrong.
         """
         federation, now = self.recipe.federation, self.progress
         if not (self.fabric.foretells and self.outer.holds_back and self.method.knows_next(federation)):
@@ -235,7 +236,7 @@ class Aggregator:
         moment = Moment(now.round + 1, step, federation.sequential_steps, tau=self.federation.tau)
         tau = self.method.federation(federation, moment).tau
         later = replace(now, round=now.round + 1, sequential_step=step)
-        drawn = draw_round(self.recipe, later.round, [i.name for i in present if i.trains], self._nodes_per_round).asked
+        drawn = draw_round(self.recipe, later.round, trainers, self._nodes_per_round).asked
         tasks = RoundTasks(self.recipe, later, base.sha256, tau, self._nodes_per_round)
         for name, task in tasks.all([info for info in nodes if info.name in drawn], []).items():
             early, told = telling(task, base.tell(name))

@@ -190,7 +190,9 @@ def test_a_run_that_another_process_holds_is_waited_for(tmp_path: Path, trainer:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_the_runs_and_says_how_to_go_on(number: signal.Signals, tmp_path: Path, trainer: Trainer) -> None:
     (trainer.folder / "__main__.py").write_text(
-        "import pathlib, sys, time\npathlib.Path(sys.argv[-1]).mkdir(parents=True)\n"
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n    raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGTERM, stop)\npathlib.Path(sys.argv[-1]).mkdir(parents=True)\n"
         "try:\n    time.sleep(200)\nexcept KeyboardInterrupt:\n    (pathlib.Path(sys.argv[-1]) / 'told').touch()\n"
     )
     script = (

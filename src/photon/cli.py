@@ -93,13 +93,14 @@ def train(
     from photon.recipe import load_recipe
     from photon.results import show_results
     from photon.runfolder import RunFolder, new_run_folder
+    from photon.stopsignals import sigterm_as_ctrl_c
 
     words = words or []
     if resume is not None:
         if words or run is not None or fabric is not None or method is not None:
             raise InputError("--resume takes no recipe, options, --method or --run: the run folder has its own recipe")
         folder = RunFolder(resume)
-        with open_display(sys.stdout) as display:
+        with sigterm_as_ctrl_c(), open_display(sys.stdout) as display:
             summary = runs.resume(folder, display, round_index)
     else:
         if round_index is not None:
@@ -110,7 +111,7 @@ def train(
             apply_method(load_method(method), recipe_name, overrides) if method else load_recipe(recipe_name, overrides)
         )
         folder = new_run_folder(recipe.name, run)
-        with open_display(sys.stdout) as display:
+        with sigterm_as_ctrl_c(), open_display(sys.stdout) as display:
             summary = runs.train(recipe, folder, display)
     show_results(folder, summary, Console())
 

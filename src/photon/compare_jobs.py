@@ -153,7 +153,7 @@ def _is_held(folder: Path) -> bool:
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask for an end as Ctrl-C does; what does not end in time is killed. A second Ctrl-C kills at once."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # of a command in a shell's background SIGINT is ignored, and in its children
     deadline = time.monotonic() + _STOP_WITHIN_S
     try:
         for process in processes:

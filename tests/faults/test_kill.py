@@ -95,12 +95,14 @@ def test_a_killed_worker_is_replaced_and_its_work_repeated(undisturbed: tuple[Pa
     assert workers_of(folder) == []
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM is how schedulers and systemd end a run."""
     recipe = write_recipe(tmp_path, rounds=400)  # too many to be over before the signal arrives
     folder = tmp_path / "run"
     process = start("train", recipe, "--run", folder)
     assert wait_for((folder / "rounds" / "000001").exists, process)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     code, output = finish(process)
     assert code == 1
     assert f"photon train --resume {folder}" in output

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.proxy import Proxy
-from tests.faults.sites import Sites
+from tests.faults.sites import TIMEOUT_S, Sites
 
 from photon.config import Recipe
 from photon.events import RoundDone
@@ -77,7 +77,7 @@ def federate(
         sites.start_aggregator()
         for index, owner in enumerate(OWNERS):
             sites.start_node(owner, proxies[index].port if proxies else None)
-        sites.finish()
+        sites.finish(TIMEOUT_S + 60.0 * rounds)  # on a busy machine each takes its time
         recipe = load_recipe(sites.run_folder / "recipe.toml")
         events = read_events(sites.run_folder / METRICS_FILE)
         parameters = next(event.parameters for event in events if event.event == "run_started")

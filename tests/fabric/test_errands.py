@@ -737,3 +737,23 @@ def test_a_task_is_refused_without_being_begun(tmp_path: Path) -> None:
 def test_a_task_of_another_run_is_no_task(tmp_path: Path) -> None:
     with desk(tmp_path, ok) as here, pytest.raises(WireError, match="of run other"):
         here.offer(head(task("n1", run="other")), 0)
+
+
+def test_an_error_after_the_update_was_begun_to_be_sent_is_told_once(
+    site: Site, net: Net, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer has written its update and dies while it saves its state: no more of the update moves."""
+    begin = Site._begin_sending
+
+    def dies(self: Site, job: Job, update: Written) -> None:
+        begin(self, job, update)
+        raise OSError("the trainer died")
+
+    monkeypatch.setattr(Site, "_begin_sending", dies)
+    site.offer(head(task("n3", 3)), 0)
+    site.go(3)
+    assert reply_of(site.wait("done", "n3")).status == "failed"
+    net.is_open.set()
+    time.sleep(0.05)
+    assert net.sent == []
+    assert capsys.readouterr().out.count("OSError") == 1

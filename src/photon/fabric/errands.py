@@ -315,8 +315,9 @@ class Errands:
         )
 
     def _leave_upload(self) -> None:
-        if self._upload is not None:
-            self._upload.leave()
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.leave()
 
     def _deliver(self, job: Job, reply: Sealed, upload: Crossing) -> None:
         """Hand a reply in once its update has arrived."""

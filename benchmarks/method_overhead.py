@@ -45,6 +45,9 @@ def main(
     methods: Annotated[list[str] | None, typer.Option("--method", help="Repeatable; default all.")] = None,
     turns: Annotated[int, typer.Option(help="Measured turns of each.", min=1)] = 10,
     option: Annotated[list[str] | None, typer.Option(help="Change the demo: section.key=value; repeatable.")] = None,
+    equal_rounds: Annotated[
+        bool, typer.Option("--equal-rounds", help="FedAvg exchanges as often as the method, not as often as the demo.")
+    ] = False,
     data_dir: DataDir = DATA_DIR,
     out: Out = RESULTS,
 ) -> None:
@@ -63,8 +66,11 @@ def main(
         *(option or []),
     ]
     for name in chosen:
-        pair = [apply_method(load_method(each), "demo", overrides) for each in (FEDAVG, name)]
-        report.add(row(name, *measure(pair)))
+        method = apply_method(load_method(name), "demo", overrides)
+        federation = method.federation
+        rounds = [f"federation.tau={federation.tau}", f"federation.rounds={federation.rounds}"] if equal_rounds else []
+        fedavg = apply_method(load_method(FEDAVG), "demo", [*overrides, *rounds])
+        report.add(row(name, *measure([fedavg, method])))
     report.show("CPU time of a local step over FedAvg's, median [quartiles] of the turns")
 
 

@@ -148,7 +148,7 @@ def test_virtual_nodes_on_one_trainer_train_as_if_alone(
 @pytest.mark.parametrize(
     "parts",
     [["share"], ["share(first=3, second=2)"], ["share(first=0, factored=true)"], ["fragments(count=2, delay=1)"],
-     ["eager"], ["fedprox(mu=0.1)"], ["slow_momentum", "share"]],
+     ["eager"], ["fedprox(mu=0.1)"], ["slow_momentum(beta=0.97)", "share"]],
     ids=str,
 )  # fmt: skip
 def test_so_they_do_under_every_method_that_keeps_something_at_its_nodes(parts: list[str], tmp_path: Path) -> None:

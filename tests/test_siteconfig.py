@@ -182,7 +182,7 @@ PARTS_OF_A_SITE: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum_warmup": ("momentum_warmup", _NESTEROV),
     "outer_momentum_schedule": ("outer_momentum_schedule", _NESTEROV),
     "share": ("share(second=2)", _ADAMW),
-    "slow_momentum": ("slow_momentum", _ADAMW),
+    "slow_momentum": ("slow_momentum(beta=0.95)", _ADAMW),
     "stale": ("stale", {"federation": {"quorum": 0.5}}),
     "tau_ramp": ("tau_ramp(first=1)", {}),
     "trimmed_mean": ("trimmed_mean(share=0.3)", {}),

@@ -21,7 +21,7 @@ NODES = ("ada", "bob", "cyd")
 BETA, NU = 0.97, 0.6
 PART = f"slow_momentum(beta={BETA}, nu={NU})"
 # An epsilon well above the grid of the merge (2e-16): the root of a second moment of 1e-16 would show it.
-ADAMW = {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-4, "batch_size": 2, "weight_decay": 0.1}
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-4, "batch_size": 2, "weight_decay": 0.1}
 
 
 def recipe(*parts: str, rounds: int = 3, **node: Any) -> Recipe:
@@ -106,7 +106,7 @@ def test_all_of_the_momentum_is_adamw(tmp_path: Path) -> None:
 
 def test_none_of_it_is_adamw_without_momentum(tmp_path: Path) -> None:
     ours = trained(tmp_path / "ours", recipe("slow_momentum(beta=0.9, nu=0)"))
-    theirs = trained(tmp_path / "theirs", recipe(betas=(0.0, 0.9)))
+    theirs = trained(tmp_path / "theirs", recipe(betas=(0.0, 0.95)))
     assert largest_difference(ours, theirs) < 1e-8
 
 
@@ -122,6 +122,30 @@ def test_it_forgets_by_half_in_the_half_life() -> None:
         optimizer.step()
         kept.append(float(optimizer.state[parameter]["exp_avg"]))
     assert kept[-1] / kept[0] == pytest.approx(0.5, rel=1e-2)
+
+
+def longest_step(beta: float, beta2: float) -> float:
+    """In learning rates, after one gradient of size 1 and many that are next to nothing."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    group = {"params": [parameter], "lr": 1.0, "betas": (beta, beta2), "eps": 1e-12, "weight_decay": 0.0}
+    optimizer, moved = QuasiHyperbolicAdamW([group], 0.7), []
+    for step in range(400):
+        before = parameter.item()
+        parameter.grad = torch.full((1,), 1e-6 if step else 1.0, dtype=torch.float64)
+        optimizer.step()
+        moved.append(abs(parameter.item() - before))
+    return max(moved)
+
+
+def test_a_gradient_is_not_remembered_for_longer_than_its_size() -> None:
+    """Above beta^2 = beta2 steps grow without bound, and so such recipes are refused; the preset's stay below 1."""
+    assert longest_step(0.999, 0.95) > 5
+    assert longest_step(0.999, 0.999) <= 1 + 1e-9
+    assert longest_step(0.995, 0.999) <= 1 + 1e-9
+    Method.of(recipe("slow_momentum(beta=0.97)", betas=(0.9, 0.941)))
+    with pytest.raises(ConfigError, match=r"beta\^2 = 0.9409; 0.999 suits"):
+        Method.of(recipe("slow_momentum(beta=0.97)", betas=(0.9, 0.94)))
+    Method.of(recipe("slow_momentum(beta=0.97, nu=0)", betas=(0.9, 0.94)))  # it keeps a momentum and does not use it
 
 
 @pytest.mark.parametrize("parts", [[PART], [PART, "share(first=2, second=3)"]])

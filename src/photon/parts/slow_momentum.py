@@ -10,6 +10,11 @@ momentum, which costs no memory beyond AdamW's. The numbers of the step are thos
     theta = theta - lr ((1 - nu) g + nu m / (1 - beta^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
 Second moment, epsilon and decoupled weight decay are AdamW's. State has AdamW's names: beside `share` it is averaged.
+
+A gradient must not be remembered for longer than its size. After one of size 1 and then small ones, m falls like beta^t
+and the root of v like beta2^(t/2): with beta above the root of beta2 their ratio, and the step, grow without bound. At
+beta 0.999 and AdamW's usual 0.95, updates of a small model grew by half from round to round, to a thousand times the
+first. So beta^2 may be at most beta2, which is `node.betas[1]`.
 """
 
 from __future__ import annotations
@@ -91,6 +96,13 @@ class SlowMomentum(Part):
         if recipe.node.optimizer != "adamw":
             raise ConfigError(
                 f"federation.parts: slow_momentum needs node.optimizer = adamw, not {recipe.node.optimizer}"
+            )
+        second = recipe.node.betas[1]
+        if self.nu and self.beta**2 > second:
+            raise ConfigError(
+                f"federation.parts: slow_momentum(beta={self.beta:g}) remembers gradients for longer than AdamW their "
+                f"size, so that steps grow without bound: the second of node.betas is {second:g}, and must be at least "
+                f"beta^2 = {self.beta**2:.6g}; 0.999 suits any beta up to 0.9995"
             )
 
     def optimizer(self, given: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -11,7 +11,6 @@ operator has readmitted another), and a run with forecasts ends in the same mode
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from photon.aggregator.downlink import Downlink, Told
 from photon.aggregator.outer import OuterOptimizer
 from photon.aggregator.state import RoundStore
 from photon.link.body import Body
-from photon.link.tensors import streamed_chunks, writing_order
+from photon.link.tensors import sha256_of_chunks, streamed_chunks, writing_order
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,5 @@ def foresee(
     later = copy(downlink)  # `advance` gives it other tensors, and changes none but those that it is told have moved
     later.holders = dict.fromkeys(now.nodes, now.sha256)
     foreseen = {name: outer.foreseen(name) if name in moved else weight for name, weight in weights.items()}
-    digest = hashlib.sha256()
-    for chunk in streamed_chunks(weights, later.advance(foreseen, now.base, now.sha256, seed, moved)):
-        digest.update(chunk)
-    return Foreseen(digest.hexdigest(), later, b"")
+    tensors = later.advance(foreseen, now.base, now.sha256, seed, moved)
+    return Foreseen(sha256_of_chunks(streamed_chunks(weights, tensors)), later, b"")

@@ -165,9 +165,14 @@ def decode_tensors(data: Body) -> dict[str, Tensor]:
 
 def sha256_hex(data: Body) -> str:
     """The identity of a payload: sha256 of its bytes, in hexadecimal."""
+    return sha256_of_chunks(pieces(data))
+
+
+def sha256_of_chunks(chunks: Iterable[bytes | memoryview]) -> str:
+    """The same of a payload that comes in pieces, of which one is held at a time."""
     digest = hashlib.sha256()
-    for piece in pieces(data):
-        digest.update(piece)
+    for chunk in chunks:
+        digest.update(chunk)
     return digest.hexdigest()
 
 

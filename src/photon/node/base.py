@@ -21,7 +21,7 @@ from photon.link.body import Body, pieces, whole_file
 from photon.link.codec.notation import parse_pipeline
 from photon.link.codec.pipeline import EXACT, Pipeline
 from photon.link.difference import changed, rebuilt
-from photon.link.tensors import decode_tensors, sha256_hex, streamed_chunks, tensor_chunks
+from photon.link.tensors import decode_tensors, sha256_hex, sha256_of_chunks, streamed_chunks, tensor_chunks
 from photon.link.update import Task
 
 _SUFFIX = ".safetensors"
@@ -76,10 +76,7 @@ class Bases:
 
     def _decoded(self, task: Task, body: Body) -> dict[str, Tensor]:
         tensors = dict(rebuilt(self._like, decode_tensors(body), self._codec, {}))
-        digest = hashlib.sha256()
-        for chunk in tensor_chunks(tensors):
-            digest.update(chunk)
-        if digest.hexdigest() != task.base_sha256:
+        if sha256_of_chunks(tensor_chunks(tensors)) != task.base_sha256:
             raise WireError(f"round {task.round}: the base decodes to another model than the task names")
         return tensors
 

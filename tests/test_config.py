@@ -159,6 +159,8 @@ def test_sections_are_closed_and_immutable() -> None:
         (NodeConfig, {"lr": float("nan")}),
         (NodeConfig, {"lr": float("inf")}),
         (NodeConfig, {"lr": -1e-9}),
+        (NodeConfig, {"muon_lr": 1.1e6}),
+        (FederationConfig, {"outer_lr": 1e300}),  # torch could not multiply a float32 by it
         (NodeConfig, {"batch_size": 8.0}),
         (NodeConfig, {"batch_size": True}),
         (NodeConfig, {"betas": [0.9]}),

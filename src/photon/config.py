@@ -15,6 +15,8 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 # Betas and momenta: at 1 an average never forgets its first value and never learns another.
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Far above any of use: it keeps a rate, and what schedules make of it, within float32.
+Rate = Annotated[float, Field(ge=0.0, le=1e6)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Auto = Literal["auto"]
 # A name becomes a folder name and a wire identity: letters first, nothing a file system or a log could misread.
@@ -122,8 +124,8 @@ class NodeConfig(Section):
     micro_batch_size: Positive | Auto = Field("auto", description="Sequences per forward pass; auto = largest fitting.")
     optimizer: Literal["adamw", "muon", "sgd"] = Field("adamw", description="muon = Muon for matrices, AdamW else.")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="Local optimizer state between rounds.")
-    lr: float = Field(3e-3, ge=0, description="Peak learning rate (AdamW/SGD part).")
-    muon_lr: float = Field(0.02, ge=0, description="Peak learning rate of Muon's matrices.")
+    lr: Rate = Field(3e-3, description="Peak learning rate (AdamW/SGD part).")
+    muon_lr: Rate = Field(0.02, description="Peak learning rate of Muon's matrices.")
     muon_momentum: Decay = Field(0.95, description="Muon's Nesterov momentum.")
     momentum: Decay = Field(0.0, description="Momentum of SGD.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas.")
@@ -168,7 +170,7 @@ class FederationConfig(Section):
         "fedavg",
         description="Outer optimizer on the merged pseudo-gradient; none = the centralised baseline: one pooled node.",
     )
-    outer_lr: float = Field(1.0, ge=0, description="Outer learning rate (fedavg with 1.0 is plain averaging).")
+    outer_lr: Rate = Field(1.0, description="Outer learning rate (fedavg with 1.0 is plain averaging).")
     outer_momentum: Decay = Field(0.9, description="momentum, nesterov.")
     outer_betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="adam, yogi.")
     outer_eps: float = Field(1e-8, ge=1e-30, description="adam, yogi.")

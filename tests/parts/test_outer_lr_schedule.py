@@ -65,6 +65,7 @@ def test_an_empty_stretch_or_one_beyond_the_run_is_refused(begin: float, end: fl
         OuterLrSchedule(begin=begin, end=end)
 
 
-def test_a_negative_rate_is_refused() -> None:
+@pytest.mark.parametrize("last", [-0.1, 1.1e6, math.nan])
+def test_a_negative_rate_or_one_beyond_use_is_refused(last: float) -> None:
     with pytest.raises(ValueError, match="last"):
-        OuterLrSchedule(last=-0.1)
+        OuterLrSchedule(last=last)

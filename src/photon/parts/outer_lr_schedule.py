@@ -10,6 +10,7 @@ from photon.config import FederationConfig
 from photon.parts.base import Moment, Part
 
 Kind = Literal["linear", "cosine"]
+_MOST = 1e6
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class OuterLrSchedule(Part):
     kind: Kind = "linear"
 
     def __post_init__(self) -> None:
-        if self.last < 0:
-            raise ValueError("outer_lr_schedule: last is a share of federation.outer_lr, at least 0")
+        if not 0 <= self.last <= _MOST:
+            raise ValueError(f"outer_lr_schedule: last is a share of federation.outer_lr, from 0 to {_MOST:g}")
         check_stretch("outer_lr_schedule", self.begin, self.end)
 
     def federation(self, federation: FederationConfig, moment: Moment) -> FederationConfig:

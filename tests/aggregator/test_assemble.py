@@ -223,6 +223,48 @@ def test_a_node_that_leaves_between_rounds_costs_no_committed_round(tmp_path: Pa
     assert Federation(tmp_path / "leaving", recipe(quorum=1.0)).run().model_sha256 == whole.model_sha256
 
 
+@pytest.mark.parametrize(("back_after_s", "scores"), [(60.0, ["ada", "bob", "cyd"]), (121.0, ["ada", "bob"])])
+def test_the_final_score_waits_for_owners_as_a_round_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_after_s: float, scores: list[str]
+) -> None:
+    """Else the last score, which stands beside the others, would be of other text than they are."""
+    federation, notes = Federation(tmp_path, recipe(rounds=1)), list[str]()
+    monkeypatch.setattr(federation.tracker, "note", notes.append)
+    infos, fabric = federation.fabric.infos, federation.fabric
+    fabric.nodes = lambda: [  # type: ignore[method-assign]  # as above
+        info for info in infos if info.name != "cyd" or not federation.rounds() or fabric.now >= back_after_s
+    ]
+    federation.run()
+    assert [sorted(event.silos) for event in federation.evaluations()] == [["ada", "bob", "cyd"], scores]
+    assert fabric.now == min(back_after_s, 120.0)
+    assert notes[0] == "the final score: waiting for cyd to connect"
+    assert ("the final score lacks cyd: {'cyd': 'not connected'}" in notes) == (scores == ["ada", "bob"])
+
+
+def test_the_final_score_does_not_wait_again_for_who_was_waited_for_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation, notes = Federation(tmp_path, recipe(rounds=1)), list[str]()
+    monkeypatch.setattr(federation.tracker, "note", notes.append)
+    connecting(federation, {"cyd": 1e9})
+    federation.run()
+    assert federation.fabric.now == 120.0
+    assert notes == [
+        "round 0: waiting for cyd to connect",
+        "round 0: goes on without cyd",
+        "the final score lacks cyd: {'cyd': 'not connected'}",
+    ]
+
+
+def test_without_anybody_connected_the_final_score_costs_no_more_than_the_patience_of_a_round(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, recipe(rounds=1))
+    infos = federation.fabric.infos
+    federation.fabric.nodes = lambda: [] if federation.rounds() else infos  # type: ignore[method-assign]  # as above
+    assert federation.run().progress.round == 1
+    assert federation.fabric.now == 120.0
+    assert [event.round for event in federation.evaluations()] == [0]
+
+
 def test_stray_bytes_are_on_the_ledger_of_the_run(tmp_path: Path) -> None:
     federation = Federation(tmp_path, recipe(rounds=1))
     connecting(federation, {"cyd": 10.0})

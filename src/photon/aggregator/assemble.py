@@ -1,4 +1,4 @@
-"""The start of a round: wait for the nodes that belong to the run, for so long and no longer (law 3)."""
+"""The start of a round, or of the final score: wait for the nodes that belong to the run, for so long (law 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _POLL_S = 1.0  # upper bound of one wait: who connects is noticed within it
 class RollCall:
     """Who is waited for: all of `expected` at most `assemble_s`, then any `quorum` at most `deadline_s` more.
 
-    `absent` were waited for in vain before: as long as the quorum is there, nobody waits for them again.
+    `absent` were waited for in vain before: as long as the quorum is there, nobody waits for them again. A quorum of 0
+    is that of the final score, which is good without the others.
     """
 
     round: int
@@ -54,6 +55,11 @@ class RollCall:
             assemble_s=federation.assemble_s,
             deadline_s=federation.deadline_s,
         )
+
+    @property
+    def occasion(self) -> str:
+        """What is waited for, in words."""
+        return f"round {self.round}" if self.quorum else "the final score"
 
     def patience_s(self, trainers: set[str]) -> float:
         """How long a round may wait in all while these trainers are connected; 0 = it need not, or waiting is vain."""
@@ -87,7 +93,7 @@ def assemble(
             break
         if not told:
             told = True
-            tracker.note(f"round {call.round}: waiting for {', '.join(call.missing(trainers))} to connect")
+            tracker.note(f"{call.occasion}: waiting for {', '.join(call.missing(trainers))} to connect")
         match fabric.receive(min(remaining_s, _POLL_S)):
             case NodeProgress() as progress:
                 tracker.progress(progress)
@@ -100,7 +106,7 @@ def assemble(
     if len(trainers) < call.quorum:
         raise RoundFailedError(_complaint(call, trainers))
     if told and (missing := call.missing(trainers)):
-        tracker.note(f"round {call.round}: goes on without {', '.join(missing)}")
+        tracker.note(f"{call.occasion}: goes on without {', '.join(missing)}")
     return nodes
 
 

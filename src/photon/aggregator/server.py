@@ -279,9 +279,10 @@ class Aggregator:
 
     def _final_evaluation(self) -> None:
         """Score the finished model at every owner: no round follows that would do it on the way."""
-        exchange = self._exchange()
-        owners = [info for info in self.fabric.nodes() if info.evaluates and info.name not in self.trust.suspended]
-        limits, asks = {info.name: info.evaluation_tokens for info in owners}, self._asks()
+        call = RollCall.of(self.recipe, self.progress.round, self.trust.suspended, 0, self._absent)
+        present = assemble(self.fabric, self.ledger, self.tracker, call)
+        exchange, asks = self._exchange(), self._asks()
+        limits = {info.name: info.evaluation_tokens for info in present if info.evaluates}
         exchange.send({name: self._told(asks.one(name, 0, evaluate=True)) for name in limits})
         tally = Tally()
         for task, message in exchange.replies():
@@ -290,8 +291,8 @@ class Aggregator:
             except ReplyRefusedError as error:
                 exchange.refuse(task.node, str(error))
         self.trust.charge(self.progress.round, exchange.refused)
-        if exchange.missing:
-            self.tracker.note(f"the final score lacks {', '.join(sorted(exchange.missing))}: {exchange.missing}")
+        if lacking := dict.fromkeys(call.missing({info.name for info in present}), "not connected") | exchange.missing:
+            self.tracker.note(f"the final score lacks {', '.join(sorted(lacking))}: {lacking}")
         if not tally.is_empty:
             if self.fabric.carried() is not None:
                 time.sleep(_ACCOUNTS_S)  # the last reading of the run should miss nothing

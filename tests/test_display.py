@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from photon.display import Display, PlainDisplay, RunView, final_table, open_display
 from photon.display_live import LiveDisplay, sparkline
-from photon.events import Event, NodeProgress, RoundDone, RunStarted, Sampled
+from photon.events import Evaluated, Event, NodeProgress, RoundDone, RunStarted, Sampled
 from photon.summary import summarise
 
 MakeEvents = Callable[..., list[Event]]
@@ -316,6 +317,18 @@ def test_the_closing_table_tells_quality_cost_samples_and_paths(make_events: Mak
     assert "144 MB moved (up 72.0 MB, down 72.0 MB), 16.0 times fewer than the 2.30 GB" in text
     assert "  def main(argv):" in text
     assert str(report) in closing(make_events(), width=40, paths=(report, model))  # whole, to be copied
+
+
+def test_the_closing_table_says_where_before_and_after_are_not_of_the_same_owners(make_events: MakeEvents) -> None:
+    assert "of the same" not in closing(make_events())
+    *events, last = make_events()
+    at = max(n for n, event in enumerate(events) if event.event == "evaluation")
+    final = events[at]
+    assert isinstance(final, Evaluated)
+    events[at] = final.model_copy(update={"silos": {n: s for n, s in final.silos.items() if n != "bob"}})
+    text = closing([*events, last])
+    assert re.search(r"│ bob +│ +\S*\d │ +- │ +\S*\d │ +- │", text)
+    assert "the pooled scores before and after are not of the same silos: bob" in text
 
 
 def test_the_closing_table_of_a_run_that_only_began(make_events: MakeEvents) -> None:

@@ -221,6 +221,17 @@ def test_tables_add_up(make_events: MakeEvents) -> None:
     assert rows[-1].after.loss == pytest.approx(2.5 + 5.8 * math.exp(-0.75))
 
 
+def test_the_page_says_where_before_and_after_are_not_of_the_same_owners(make_events: MakeEvents) -> None:
+    remark = "are not of the same silos: bob"
+    events = make_events()
+    assert remark not in Page(render_report(events, RECIPE)).text
+    at = max(n for n, event in enumerate(events) if event.event == "evaluation")
+    final = events[at]
+    assert isinstance(final, Evaluated)
+    events[at] = final.model_copy(update={"silos": {n: s for n, s in final.silos.items() if n != "bob"}})
+    assert remark in Page(render_report(events, RECIPE)).text
+
+
 def test_the_lede_claims_only_what_is_so(make_events: MakeEvents) -> None:
     together = lede(Run.of(make_events(), RECIPE))
     assert together.startswith("3 nodes trained a language model of 1.00M parameters together, in 6 rounds of 16")

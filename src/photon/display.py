@@ -256,6 +256,8 @@ def final_table(
     """
     if summary.before is not None and summary.after is not None:
         console.print(_quality_table(summary))
+    if summary.apart:
+        console.print(Text(printable(summary.apart)))
     console.print(
         f"{count(summary.tokens)} tokens in {duration(summary.seconds)} ({count(summary.tokens_per_second)} tok/s), "
         f"{summary.rounds} rounds, {summary.sequential_steps} sequential steps, "
@@ -296,21 +298,17 @@ def _quality_table(summary: Summary) -> Table:
     if summary.before is None or summary.after is None:
         return table
     before, after = summary.before, summary.after
-    names = sorted(after.silos)
-    for name in names:
-        table.add_row(Text(printable(name)), *_quality_cells(before.silos.get(name), after.silos[name]))
+    for name in sorted(before.silos.keys() | after.silos.keys()):
+        table.add_row(Text(printable(name)), *_quality_cells(before.silos.get(name), after.silos.get(name)))
     table.add_section()
     table.add_row(Text("pooled"), *_quality_cells(before, after), style="bold")
     return table
 
 
-def _quality_cells(before: Quality | None, after: Quality) -> list[str]:
-    return [
-        significant(before.perplexity) if before is not None else "-",
-        significant(after.perplexity),
-        f"{before.bits_per_byte:.3f}" if before is not None else "-",
-        f"{after.bits_per_byte:.3f}",
-    ]
+def _quality_cells(before: Quality | None, after: Quality | None) -> list[str]:
+    moments = before, after
+    perplexities = ["-" if quality is None else significant(quality.perplexity) for quality in moments]
+    return perplexities + ["-" if quality is None else f"{quality.bits_per_byte:.3f}" for quality in moments]
 
 
 def _evaluation_line(event: Evaluated) -> str:

@@ -93,6 +93,14 @@ class Summary(_Closed):
     after: Standing | None = Field(description="Last evaluation; null before there is one.")
     model_sha256: str | None = Field(description="Of the final model's weights; null until the run is finished.")
 
+    @property
+    def apart(self) -> str:
+        """A remark if the pooled scores `before` and `after` are not of the same silos, so not of the same text."""
+        if self.before is None or self.after is None:
+            return ""
+        once = sorted(self.before.silos.keys() ^ self.after.silos.keys())
+        return f"the pooled scores before and after are not of the same silos: {', '.join(once)}" if once else ""
+
 
 def summarise(events: Sequence[Event]) -> Summary:
     """Sum up a run, finished or not, from the events of its metrics.jsonl in the order they were written.

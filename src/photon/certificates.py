@@ -190,7 +190,10 @@ def check_dates(path: Path, bundle: Bundle) -> None:
         remedy = "its authority has, too; make a new one with photon keys init, and hand out new keys"
     for one in (bundle.certificate, bundle.ca):
         if one.not_valid_after_utc <= now():
-            raise InputError(f"{path} expired on {one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: {remedy}.")
+            raise InputError(
+                f"{path} expired on {one.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, "
+                f"and here it is {now():%Y-%m-%d %H:%M} UTC: {remedy}."
+            )
         if one.not_valid_before_utc > now():
             raise InputError(
                 f"{path} counts from {one.not_valid_before_utc:%Y-%m-%d %H:%M} UTC only, "

@@ -17,17 +17,20 @@ from typing import Any, cast
 import pytest
 from tests import authorities
 from tests.authorities import at
+from tests.fabric.gateways import Site, in_thread
 
 from photon.certificates import check_dates, load_bundle
 from photon.errors import InputError
 from photon.fabric import agent as agents
 from photon.fabric import home as homes
-from photon.fabric.agent import Agent, NodeOptions
+from photon.fabric.agent import Agent, NodeOptions, NodeRefusedError
 from photon.fabric.control import Ask, NodeStatus, ask_content, read_status
 from photon.fabric.errands import Errands, Standing
 from photon.fabric.fleet_client import Question
-from photon.fabric.flwr_internals import RUN_ENDED, Content, FlowerDownError
+from photon.fabric.flwr_internals import RUN_ENDED, Content, FlowerDownError, Node
 from photon.fabric.home import NodeHome
+from photon.identity import client_context
+from photon.keys import issue_node, renew_aggregator
 from photon.link.update import Task, seal
 from photon.siteconfig import Caps, SiteConfig
 
@@ -312,3 +315,64 @@ def test_a_key_that_expires_while_there_is_no_connection_ends_the_node(
     at(monkeypatch, days=400)
     with pytest.raises(InputError, match=r"alice\.key expired on 20.*photon keys node alice DIR"):
         one._turn()
+
+
+def online(site: Site, home: Path, context: ssl.SSLContext, key: Path) -> Agent:
+    """A node that has joined the gateway of `site`, and is asked to leave so that no pause follows a failure."""
+    options = NodeOptions(
+        "ada",
+        f"https://127.0.0.1:{site.port}",
+        context,
+        partial(check_dates, key, load_bundle(key)),
+        SiteConfig(text=["x"]),
+        NodeHome(home),
+    )
+    one = Agent(options)
+    one._fleet._node = Node(node_id=1)
+    one._leaving.set()
+    return one
+
+
+def test_a_key_that_has_expired_though_not_by_the_clock_of_the_node_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had joined; then every new connection ends in the handshake, and its own clock never tells it why."""
+    at(monkeypatch, days=-400)
+    site = Site(tmp_path)
+    key = site.keys / "ada.key"
+    context = client_context(key)
+    with in_thread(site):
+        one = online(site, tmp_path / "home", context, key)
+        with pytest.raises(NodeRefusedError, match=r"this node's key has expired.*clock"):
+            one._turn()
+
+
+def test_an_aggregator_whose_certificate_has_expired_is_named_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be renewed, or the clock here may be wrong: neither is a reason for a node to end."""
+    at(monkeypatch, days=-400)
+    site = Site(tmp_path)
+    renew_aggregator(site.keys, days=30)
+    with in_thread(site):
+        at(monkeypatch, days=0)
+        key = issue_node(site.keys, "bob2")
+        one = online(site, tmp_path / "home", client_context(key), key)
+        for _ in range(2):
+            one._turn()
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("has expired: renew it there (or the clock of this machine is wrong)") == 1
+
+
+def test_a_connection_that_broke_in_tls_once_costs_no_node_its_place(
+    node: tuple[Agent, Fleet, Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, fleet, _ = node
+    one._leaving.set()
+    monkeypatch.setattr(one._client, "json", lambda method, path: {})
+
+    def down() -> Question | None:
+        raise FlowerDownError("a record that is none", is_tls=True)
+
+    monkeypatch.setattr(fleet, "pull", down)
+    one._turn()  # it neither ends nor joins again: `Fleet` cannot

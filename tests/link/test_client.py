@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.authorities import authority_with
+from tests.authorities import at, authority_with
 from tests.fabric.gateways import Site, in_thread
 from tests.faults.proxy import Proxy
 from tests.link.plain import plain_server
@@ -145,6 +145,26 @@ def test_a_revoked_certificate_is_told(site: Site) -> None:
     assert "takes no part in this run" in refusal(client)
     revoke(site.keys, "bob2")
     assert "was revoked" in refusal(client)
+
+
+@pytest.mark.parametrize(
+    ("issued", "status", "told"), [(-100, 401, "has expired.*clock"), (100, 0, "or a clock is wrong")]
+)
+def test_a_key_that_does_not_count_by_the_clock_of_the_gateway_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, issued: float, status: int, told: str
+) -> None:
+    """The node's own clock says that it does. One that will count is no reason to give up."""
+    at(monkeypatch, days=-400)
+    site = Site(tmp_path)
+    at(monkeypatch, days=issued)
+    issue_node(site.keys, "eve", days=30)
+    client = site.client("eve")
+    at(monkeypatch, days=0)
+    with in_thread(site):
+        client = GatewayClient(f"https://127.0.0.1:{site.port}", client.context, 5.0)
+        with pytest.raises(LinkRefusedError, match=told) as caught:
+            client.json("GET", "/v1/run")
+    assert caught.value.status == status
 
 
 def test_a_port_that_speaks_no_tls_is_told(site: Site) -> None:

@@ -96,7 +96,7 @@ class Agent:
         self._bytes_today = options.home.bytes_of(self._today)
         self._largest_update_bytes = 0
         self._leave_by: float | None = None
-        self._told_down = False
+        self._told_down: type[Exception] | None = None
         self._told = ""  # nonce of the finished task that was told to the Aggregator
         self._delivered = ""  # and of the one for which it has stopped asking since
         self._traffic_written = time.monotonic()
@@ -138,7 +138,7 @@ class Agent:
                 raise NodeRefusedError(str(error)) from error
             else:
                 say("online")
-                self._told_down = False
+                self._told_down = None
                 return
             self._leaving.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -192,13 +192,13 @@ class Agent:
                 held, self._held = self._held, None
                 self._answer(held)
                 self._has_news = False
-            self._told_down = False
+            self._told_down = None
             if time.monotonic() - self._traffic_written > _WRITE_TRAFFIC_S:
                 self._write_traffic()
         except FlowerDownError as error:
-            self._refused(error)
+            reason = self._reason_of(error)
             if error.code != RUN_ENDED:  # the question was of a run of Flower's that is over; another will come
-                self._down(error)
+                self._down(reason)
                 self._leaving.wait(2.0)
 
     def _hear(self, question: Question) -> None:
@@ -342,24 +342,31 @@ class Agent:
 
     def _down(self, error: Exception) -> None:
         self._options.check_key()  # with one that has expired, no try will succeed
-        if not self._told_down:
+        if self._told_down is not type(error):
             say(f"no connection, trying again: {error}")
-            self._told_down = True
+            self._told_down = type(error)
 
-    def _refused(self, error: FlowerDownError) -> None:
-        """A refusal by the gateway is final; one by the SuperLink means that it has forgotten this node."""
-        if error.status not in _REFUSED or error.code == RUN_ENDED:
-            return
+    def _reason_of(self, error: FlowerDownError) -> PhotonError:
+        """What failed, in the gateway's words where TLS did. Raises NodeRefusedError.
+
+        A refusal by the gateway is final, whatever this machine's clock says of the key; one by the SuperLink means
+        that it has forgotten this node. What this end has against the gateway may be mended there.
+        """
+        is_refused = error.status in _REFUSED and error.code != RUN_ENDED
+        if not is_refused and not error.is_tls:
+            return error
         try:
             self._client.json("GET", "/v1/run")
         except LinkRefusedError as refusal:
-            raise NodeRefusedError(str(refusal)) from error
+            if refusal.status in _REFUSED:
+                raise NodeRefusedError(str(refusal)) from error
+            return refusal
         except LinkError:
-            return
-        try:
-            self._options.home.keep_id(self._fleet.join(self._options.home.last_id()))
-        except FlowerDownError:
-            return
+            return error
+        if is_refused:
+            with suppress(FlowerDownError):
+                self._options.home.keep_id(self._fleet.join(self._options.home.last_id()))
+        return error
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -159,11 +159,14 @@ _Client = TypeVar("_Client", bound=ProtobufClient)
 
 
 class FlowerDownError(PhotonError):
-    """A call to Flower failed; `status` is its HTTP status, 0 if there was no answer at all; `code` is Flower's own."""
+    """A call to Flower failed; `status` is its HTTP status, 0 if there was no answer at all; `code` is Flower's own.
 
-    def __init__(self, message: str, status: int = 0, code: int = 0) -> None:
+    `is_tls`: TLS let no call pass.
+    """
+
+    def __init__(self, message: str, status: int = 0, code: int = 0, is_tls: bool = False) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.is_tls = status, code, is_tls
 
 
 def flower_environment(base: Mapping[str, str], home: Path) -> dict[str, str]:
@@ -228,7 +231,14 @@ def failures(what: str) -> Iterator[None]:
         code = int(said.code) if said else 0
         raise FlowerDownError(f"Flower refused to {what}: HTTP {status} {reason}", status, code) from error
     except (httpx.HTTPError, ObjectPushError, OSError, ValueError) as error:
-        raise FlowerDownError(f"cannot {what} through Flower: {type(error).__name__}: {error}") from error
+        sentence = f"cannot {what} through Flower: {type(error).__name__}: {error}"
+        raise FlowerDownError(sentence, is_tls=_is_of_tls(error)) from error
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__  # httpcore names no cause
+    return error is not None
 
 
 def fetch_content(message_id: str, tree: ObjectTree, pull: Callable[[str], bytes]) -> Content:

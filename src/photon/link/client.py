@@ -27,7 +27,9 @@ _MAX_REASON_CHARACTERS = 500
 _IDLE_S = 20.0  # shorter than the gateway keeps an idle connection
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _AGAIN = (408, 425, 429)
-_MISDIRECTED = 421
+_UNAUTHORIZED, _MISDIRECTED = 401, 421
+# What the other end's TLS says of a key that will never count; a bad certificate may merely not count yet.
+_KEY_REFUSED = ("CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED", "CERTIFICATE_REQUIRED", "UNKNOWN_CA", "DECRYPT_ERROR")
 # What the verification of the Aggregator's certificate on our side found (X509_V_ERR_*).
 _NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 9, 10, 62, 64
 
@@ -41,7 +43,10 @@ class LinkDownError(LinkError):
 
 
 class LinkRefusedError(LinkError):
-    """The other end does not grant it: another try of the same is in vain. `status` is HTTP's (0: TLS said no)."""
+    """The other end does not grant it: another try of the same is in vain. `status` is HTTP's (0: TLS said no).
+
+    401 also where the other end's TLS refuses our key for good.
+    """
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -196,7 +201,7 @@ def explained(place: str) -> Iterator[None]:
     except ssl.SSLError as error:
         sentence = _tls_sentence(error, place)
         if sentence is not None:
-            raise LinkRefusedError(sentence) from None
+            raise LinkRefusedError(sentence, _UNAUTHORIZED if _says_reason(error, _KEY_REFUSED) else 0) from None
         raise LinkDownError(f"the connection to {place} broke ({error.reason or 'it was closed'})") from None
     except TimeoutError:
         raise LinkDownError(f"{place} was silent for too long") from None
@@ -254,16 +259,21 @@ def _tls_sentence(error: ssl.SSLError, place: str) -> str | None:
     sentences = {
         "CERTIFICATE_REQUIRED": f"{place} asks for a certificate and this node showed none: give it its key file",
         "UNKNOWN_CA": f"{place} does not know the authority that made this node's key: the key is another federation's",
-        "BAD_CERTIFICATE": f"{place} cannot use this node's certificate: have a new key made for it",
+        "BAD_CERTIFICATE": f"{place} cannot use this node's certificate: have a new key made for it, or a clock is "
+        "wrong: there it may not be valid yet",
         "UNSUPPORTED_CERTIFICATE": f"{place} cannot use this node's certificate: have a new key made for it",
         "CERTIFICATE_UNKNOWN": f"{place} cannot use this node's certificate: have a new key made for it",
         "DECRYPT_ERROR": f"{place} does not know the authority that made this node's key: have a new key made for it",
-        "CERTIFICATE_EXPIRED": f"this node's key has expired, says {place}: have a new one made (photon keys node)",
+        "CERTIFICATE_EXPIRED": f"this node's key has expired, says {place}: have a new one made (photon keys node); "
+        "and where this machine says that it has not, set its clock",
         "CERTIFICATE_REVOKED": f"this node's key was revoked, says {place}: have a new one made (photon keys node)",
         "PROTOCOL_VERSION": f"{place} speaks another version of TLS: it is no gateway of Photon, or something between "
         "opens connections",
         "WRONG_VERSION_NUMBER": f"{place} does not speak TLS: is the port right?",
         "HTTP_REQUEST": f"{place} does not speak TLS: is the port right?",
     }
-    reason = (error.reason or "").upper()
-    return next((sentence for key, sentence in sentences.items() if reason.endswith(key)), None)
+    return next((sentence for key, sentence in sentences.items() if _says_reason(error, (key,))), None)
+
+
+def _says_reason(error: ssl.SSLError, reasons: tuple[str, ...]) -> bool:
+    return (error.reason or "").upper().endswith(reasons)

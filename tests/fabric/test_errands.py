@@ -14,7 +14,7 @@ from tests.fabric.gateways import sha256, some_bytes
 
 from photon.errors import WireError
 from photon.events import NodeProgress
-from photon.fabric import crossing, training
+from photon.fabric import crossing, errands, training
 from photon.fabric.errands import Errands
 from photon.fabric.home import NodeHome
 from photon.fabric.job import Job, Standing
@@ -530,6 +530,31 @@ def test_its_base_comes_while_the_round_before_is_trained(site: Site, net: Net) 
     site.offer(head(task("n3", 3)), 0, coming("early", 4))
     until(lambda: net.fetched == ["4" * 64])
     assert site.worker.given == [3]
+
+
+def test_a_base_whose_download_was_dropped_once_is_fetched_when_it_is_needed(
+    site: Site, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Aggregator was started anew while it came: what ended the download then does not end the next round now."""
+    arrives = Event()
+
+    def stuck(client: object, name: str, target: Path, **options: Any) -> None:
+        while not arrives.wait(0.005):
+            options["on_bytes"](0)
+
+    monkeypatch.setattr(crossing, "download", stuck)
+    monkeypatch.setattr(errands, "download", lambda client, name, target, **options: target.touch())
+    monkeypatch.setattr(Site, "_base", Errands._base)
+    net.is_open.set()
+    site.go(3)
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.wait("done", "n3")
+    until(lambda: site._early is not None)  # waits for its base, which is on its way
+    site.offer(head(task("again", 3)), 0, coming("early again", 4))
+    site.wait("done", "again")
+    site.offer(*coming("n4", 4))
+    site.go(4)
+    assert reply_of(site.wait("done", "n4")).round == 4
 
 
 @pytest.mark.parametrize("when", ["training", "done"])

@@ -254,6 +254,8 @@ class Errands:
                 self._fetching.finish(lambda: self._check(job))
             except (LinkError, OSError) as error:
                 say(f"round {job.task.round}: its base did not come in advance: {error}")
+            except DroppedError:
+                self._check(job)  # else it is the download that was dropped, when nobody wanted it
         wanted = self._home.open_base(sha256)
         download(
             self._client,

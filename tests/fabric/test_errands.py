@@ -689,6 +689,33 @@ def test_early_work_that_fails_is_tried_again_when_it_is_asked_for(
     assert site.worker.given == [3, 4]
 
 
+def test_early_work_at_which_the_trainer_fails_is_tried_again_when_it_is_asked_for(
+    site: Site, net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say: there may be room when it is asked for. Else its failure would be handed in then."""
+    net.is_open.set()
+    answer, tried = site.worker._answer, list[str]()
+
+    def failing(of: Task, orders_before: int) -> None:
+        tried.append(of.nonce)
+        if of.nonce == "early":
+            site.worker._put(Replied(failure_reply(seal(of), "ada", "StateError: no space"), is_last=False))
+        else:
+            answer(of, orders_before)
+
+    monkeypatch.setattr(site.worker, "_answer", failing)
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    site.go(3)
+    site.go(4)
+    site.wait("done", "n3")
+    until(lambda: tried == ["n3", "early"] and site._early is None)
+    site.offer(head(task("n3", 3)), 0, coming("early", 4))
+    time.sleep(0.05)
+    assert tried == ["n3", "early"]  # told again, and not tried each time
+    site.offer(head(task("n4", 4)), 0)
+    assert reply_of(site.wait("done", "n4")).status == "ok"
+
+
 @pytest.mark.parametrize("number", [3, 5])
 def test_what_does_not_follow_is_not_begun(site: Site, net: Net, number: int) -> None:
     net.is_open.set()

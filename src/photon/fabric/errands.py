@@ -228,9 +228,11 @@ class Errands:
         end = job.received + job.task.deadline_s - 1.5 * (time.monotonic() - began)
         self._show(job, phase="waiting", note="starting the trainer")
         reply = self._training.run(job.task, base, end, lambda: self._check(job), lambda said: self._hear(job, said))
+        header = expect_reply(decode_message(Sealed(reply.head, b"")))
+        if header.status != "ok":
+            self._leave_early(job)
         self._await_asked(job)
         if isinstance(reply.body, FileBody) and len(reply.body):
-            header = expect_reply(decode_message(Sealed(reply.head, b"")))
             self._begin_sending(job, Written(reply.body, header.body_sha256))
         return reply
 
@@ -239,9 +241,14 @@ class Errands:
         say(f"round {job.task.round}: {type(error).__name__}: {error}")
         with self._changed:
             self._coming = None
-            if job.is_same_as(self._early):  # tried again when it is asked for, not before
-                self._early, self._vain = None, job
+        self._leave_early(job)
         return failure_reply(Sealed(job.head, b""), job.task.node, public_reason(type(error).__name__))
+
+    def _leave_early(self, job: Job) -> None:
+        """If it was begun early, it is tried again when it is asked for, not before."""
+        with self._changed:
+            if job.is_same_as(self._early):
+                self._early, self._vain = None, job
 
     def _base(self, job: Job) -> Body:
         """What tells the base, in a file, downloaded unless it is here; those of other rounds are removed."""

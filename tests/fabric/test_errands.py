@@ -786,6 +786,26 @@ def test_a_task_is_refused_without_being_begun(tmp_path: Path) -> None:
         assert reply_of(here.wait("done", "n2")).status == "ok"
 
 
+def test_a_task_that_was_refused_before_it_began_is_not_begun(tmp_path: Path) -> None:
+    """Its node's hours ended while the trainer still obeyed an order to leave other work."""
+    release = Event()
+
+    def slow(of: Task) -> Sealed:
+        assert of.nonce != "n1" or release.wait(DEADLINE_S)
+        return ok(of)
+
+    with desk(tmp_path, slow) as here:
+        here.offer(head(task("n1")), 0)
+        here.wait("training", "n1")
+        here.offer(head(task("n2", number=4)), 0)
+        here.refuse(head(task("n2", number=4)), "CapReachedError: outside its hours")
+        assert reply_of(here.wait("done", "n2")).status == "failed"
+        release.set()
+        time.sleep(0.1)
+        assert here.begun == ["n1"]
+        assert reply_of(here.standing()).status == "failed"
+
+
 def test_a_task_of_another_run_is_no_task(tmp_path: Path) -> None:
     with desk(tmp_path, ok) as here, pytest.raises(WireError, match="of run other"):
         here.offer(head(task("n1", run="other")), 0)

@@ -96,7 +96,7 @@ class Errands:
             if self._standing.nonce == task.nonce:
                 return
             self._forget_early()
-            self._current = job = Job(task, head, 0, time.monotonic())
+            self._next, self._current = None, (job := Job(task, head, 0, time.monotonic()))
         self._finish(job, failure_reply(Sealed(head, b""), task.node, reason))
 
     def drop(self, nonce: str) -> None:

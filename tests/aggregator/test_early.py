@@ -13,8 +13,9 @@ from tests.support import Federation, tiny_recipe, without_timings
 from photon.aggregator import server
 from photon.aggregator.outer import OuterOptimizer
 from photon.config import Recipe
-from photon.errors import RoundFailedError
+from photon.errors import RoundFailedError, StateError
 from photon.fabric.base import Arrival, Lost
+from photon.link.body import FileBody
 from photon.link.update import Task, decode_message, encode_message, expect_reply, expect_task
 from photon.node.replies import ReplyStore
 from photon.node.state import NodeStore
@@ -68,6 +69,22 @@ def test_what_is_told_early_is_what_is_asked_then(tmp_path: Path, link: dict[str
     untold = Federation(tmp_path / "untold", recipe(part, link=link), share_disk=False)
     assert untold.run().model_sha256 == federation.aggregator.state().model_sha256
     assert untold.fabric.foretold == []
+
+
+def test_a_disk_without_room_for_what_comes_next_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may well take the model that the round ends in, which is all that is needed."""
+    usual = told(tmp_path / "usual", recipe())
+    federation = Federation(tmp_path / "full", recipe(), share_disk=False)
+    federation.fabric.foretells, notes = True, list[str]()
+
+    def full(chunks: object) -> tuple[FileBody, str]:
+        raise StateError("rounds cannot be written: No space left on device")
+
+    monkeypatch.setattr(federation.store, "forecast", full)
+    monkeypatch.setattr(federation.tracker, "note", notes.append)
+    assert federation.run().model_sha256 == usual.aggregator.state().model_sha256
+    assert federation.fabric.foretold == []
+    assert notes == ["what comes next is not told: rounds cannot be written: No space left on device"] * 4
 
 
 def test_a_schedule_of_tau_is_foreseen(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def foresee(
 ) -> Foreseen:
     """The base after `now`, to the last bit as the end of the round makes it: `seed` and `moved` are as given there.
 
-    With a downlink that is not exact what moves is in memory meanwhile, once more, and then what tells it.
+    With a downlink that is not exact what moves is in memory meanwhile, once more, and then what tells it. Raises
+    StateError if the disk does not take it.
     """
     weights = outer.weights()
     order = writing_order({name: weight.dtype for name, weight in weights.items()})

@@ -32,7 +32,7 @@ from photon.aggregator.trust import Trust
 from photon.aggregator.updates import UpdateReader
 from photon.aggregator.validate import evaluation_report, training_report, verify_norm, verify_training
 from photon.config import Recipe
-from photon.errors import ReplyRefusedError, RoundFailedError, WireError
+from photon.errors import ReplyRefusedError, RoundFailedError, StateError, WireError
 from photon.events import Evaluated
 from photon.fabric.base import Fabric, NodeInfo
 from photon.link.body import Body
@@ -229,10 +229,12 @@ class Aggregator:
         if not (self.fabric.foretells and self.outer.holds_back and self.method.knows_next(federation)):
             return
         step, names = now.sequential_step + self.federation.tau, [info.name for info in nodes]
-        seed = self._downlink_seed(now.round + 1)
-        base = foresee(
-            self.outer, self.downlink, self.store, Present(self.payload, self.model_sha256, names), seed, self.moved
-        )
+        seed, present = self._downlink_seed(now.round + 1), Present(self.payload, self.model_sha256, names)
+        try:
+            base = foresee(self.outer, self.downlink, self.store, present, seed, self.moved)
+        except StateError as error:  # there may be no room for it beside what this round ends in
+            self.tracker.note(f"what comes next is not told: {error}")
+            return
         moment = Moment(now.round + 1, step, federation.sequential_steps, tau=self.federation.tau)
         tau = self.method.federation(federation, moment).tau
         later = replace(now, round=now.round + 1, sequential_step=step)

@@ -31,7 +31,8 @@ from benchmarks import flower_arrays, plain_copy
 from benchmarks.common import RESULTS, ROOT, Out, Report
 from benchmarks.exchange_node import DEADLINE_S, exchange
 from photon.fabric.gateway import GatewayConfig
-from photon.keys import client_context, create_authority, issue_node
+from photon.identity import client_context
+from photon.keys import create_authority, issue_node
 from photon.link.body import whole_file
 from photon.link.client import GatewayClient
 from photon.link.store import FolderStore

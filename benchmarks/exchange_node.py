@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from photon.keys import client_context
+from photon.identity import client_context
 from photon.link.body import whole_file
 from photon.link.client import GatewayClient
 from photon.link.transfer import download, upload

@@ -66,6 +66,8 @@ def main(
 class FromFile:
     """A fabric whose nodes answer at once, each with the same update, in a file."""
 
+    foretells = False
+
     def __init__(self, names: list[str], update: Path, sha256: str) -> None:
         self.slots = len(names)
         self._names, self._update, self._sha256 = names, update, sha256
@@ -78,6 +80,9 @@ class FromFile:
 
     def send(self, node: str, message: Sealed) -> None:
         self._open.append((node, message))
+
+    def foretell(self, node: str, message: Sealed) -> None:
+        """Its nodes never wait."""
 
     def receive(self, timeout_s: float) -> Arrival | None:
         from photon.fabric.base import Arrival

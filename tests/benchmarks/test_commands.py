@@ -1,12 +1,13 @@
-"""Every benchmark starts: its modules find what they import, and its command knows its own options."""
+"""Every benchmark starts: its modules find what they import."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 
-import benchmarks
 import pytest
+
+import benchmarks
 
 NAMES = [found.name for found in pkgutil.iter_modules(benchmarks.__path__)]
 

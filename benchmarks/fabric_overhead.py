@@ -232,6 +232,7 @@ class BareProcess:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve_bare, args=(theirs, run, names, threads), daemon=True)
         self._process.start()
+        theirs.close()  # with it open here, the end of that process would not be the end of the pipe
         self._pipe.recv()  # ready: building models is not part of a turn
 
     def begin(self, steps: int) -> None:

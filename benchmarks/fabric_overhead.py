@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -157,7 +157,7 @@ class Duel(Quiet):
     def _take_turn(self, event: RoundDone, photon_s: float, photon_cpu_s: float) -> None:
         began = time.perf_counter()
         for loop in self.loops:
-            loop.begin(self.recipe.federation.tau)
+            loop.begin({name: node.steps for name, node in event.nodes.items()})
         answers = [loop.end() for loop in self.loops]
         bare_s = time.perf_counter() - began
         if event.round == 1:  # warm-up, in which everyone starts from the same weights
@@ -235,8 +235,8 @@ class BareProcess:
         theirs.close()  # with it open here, the end of that process would not be the end of the pipe
         self._pipe.recv()  # ready: building models is not part of a turn
 
-    def begin(self, steps: int) -> None:
-        """Let it do `steps` of each of its loops."""
+    def begin(self, steps: Mapping[str, int]) -> None:
+        """Let it do so many steps of each of its loops; one that is not named rests."""
         self._pipe.send(steps)
 
     def end(self) -> BareAnswer:
@@ -260,7 +260,7 @@ def serve_bare(pipe: Connection, run: Path, names: list[str], threads: int) -> N
     with contextlib.suppress(EOFError):
         while steps := pipe.recv():
             began = time.process_time()
-            losses = {name: loop(steps) for name, loop in loops.items()}
+            losses = {name: loop(steps[name]) for name, loop in loops.items() if name in steps}
             pipe.send(BareAnswer(time.process_time() - began, losses))
 
 

@@ -6,6 +6,7 @@ are run by name; `python -m benchmarks.NAME --help` lists what they take.
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import typer
 
 from benchmarks.common import DATA_DIR, RESULTS, ROOT, DataDir, Out
 
+STOP_WITHIN_S = 60.0
 QUICK = {
     "bare_loop": ["--turns", "8", "--seconds-per-block", "1"],
     "fabric_overhead": ["--rounds", "3"],
@@ -36,9 +38,9 @@ def main(
         command += ["--data-dir", data_dir] if data_dir != DATA_DIR else []
         command += ["--out", str(out.resolve())] if out != RESULTS else []
         began = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, check=False)
-        print(f"{name}: {'failed' if done.returncode else 'done'} after {time.monotonic() - began:.0f} s\n", flush=True)
-        failed += [name] if done.returncode else []
+        code = run(command)
+        print(f"{name}: {'failed' if code else 'done'} after {time.monotonic() - began:.0f} s\n", flush=True)
+        failed += [name] if code else []
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
         raise typer.Exit(1)
@@ -46,3 +48,17 @@ def main(
 
 if __name__ == "__main__":
     typer.run(main)
+def run(command: list[str]) -> int:
+    """The exit code. On Ctrl-C, which reaches the benchmark too, it has time to end its runs and remove its folders."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_WITHIN_S)
+        raise
+    finally:
+        process.kill()
+        process.wait()
+
+

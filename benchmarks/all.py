@@ -1,4 +1,4 @@
-"""The quick version of every CPU benchmark, one after the other: `make bench`. Eight to nine minutes on two cores.
+"""The CPU benchmarks that have a quick version, one after the other: `make bench`. Eight to nine minutes, two cores.
 
 Each runs in a process of its own, so that none inherits another's threads, memory or warm caches. The long versions
 are run by name; `python -m benchmarks.NAME --help` lists what they take.

@@ -57,8 +57,8 @@ class Candidate:
 
 
 def main(
-    megabytes: Annotated[int, typer.Option(help="Size of the float32 tensor.")] = 64,
-    turns: Annotated[int, typer.Option(help="Measurements of each codec.")] = 5,
+    megabytes: Annotated[int, typer.Option(help="Size of the float32 tensor.", min=1)] = 64,
+    turns: Annotated[int, typer.Option(help="Measurements of each codec.", min=1)] = 5,
     codec: Annotated[list[str] | None, typer.Option(help="`int4 | zstd`; repeatable; default a list of all.")] = None,
     out: Out = RESULTS,
 ) -> None:

@@ -33,7 +33,7 @@ def main(
     tau: Annotated[int, typer.Option(help="Local steps of a round.")] = 96,
     rounds: Annotated[int, typer.Option(help="Of each federation; from the third on they are measured.", min=5)] = 8,
     mbit_per_s: Annotated[float, typer.Option(help="Of each node's line.")] = 10.0,
-    turns: Annotated[int, typer.Option(help="How often each method is run.")] = 2,
+    turns: Annotated[int, typer.Option(help="How often each method is run.", min=1)] = 2,
     out: Out = RESULTS,
 ) -> None:
     """Seconds of a round, and the share of it in which nodes train."""

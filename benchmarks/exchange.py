@@ -40,10 +40,10 @@ from photon.link.tensors import sha256_hex
 
 
 def main(
-    megabytes: Annotated[int, typer.Option(help="Size of the base, and of the update.")] = 500,
-    turns: Annotated[int, typer.Option(help="Exchanges of each kind.")] = 5,
-    streams: Annotated[int, typer.Option(help="Connections of one transfer.")] = 2,
-    nodes: Annotated[int, typer.Option(help="Nodes that exchange at once, in the last part.")] = 8,
+    megabytes: Annotated[int, typer.Option(help="Size of the base, and of the update.", min=1)] = 500,
+    turns: Annotated[int, typer.Option(help="Exchanges of each kind.", min=1)] = 5,
+    streams: Annotated[int, typer.Option(help="Connections of one transfer.", min=1)] = 2,
+    nodes: Annotated[int, typer.Option(help="Nodes that exchange at once, in the last part.", min=1)] = 8,
     arrays: Annotated[bool, typer.Option(help="Also through Flower's own arrays.")] = True,
     out: Out = RESULTS,
 ) -> None:

@@ -27,7 +27,7 @@ _OPTIONS = (
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Rounds to measure.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds to measure.", min=1)] = 20,
     data_dir: DataDir = DATA_DIR,
     out: Out = RESULTS,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import DATA_DIR, RESULTS, ROOT, DataDir, Out
+from benchmarks.common import DATA_DIR, RESULTS, ROOT, DataDir, Out, refuse_unknown
 
 STOP_WITHIN_S = 60.0
 QUICK = {
@@ -32,6 +32,7 @@ def main(
     out: Out = RESULTS,
 ) -> None:
     """Run the quick benchmarks; exits 1 if one fails, after having run the others."""
+    refuse_unknown("--only", only, QUICK)
     failed = []
     for name in only or list(QUICK):
         command = [sys.executable, "-m", f"benchmarks.{name}", *QUICK[name]]
@@ -46,8 +47,6 @@ def main(
         raise typer.Exit(1)
 
 
-if __name__ == "__main__":
-    typer.run(main)
 def run(command: list[str]) -> int:
     """The exit code. On Ctrl-C, which reaches the benchmark too, it has time to end its runs and remove its folders."""
     process = subprocess.Popen(command, cwd=ROOT)
@@ -62,3 +61,5 @@ def run(command: list[str]) -> int:
         process.wait()
 
 
+if __name__ == "__main__":
+    typer.run(main)

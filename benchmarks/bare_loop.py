@@ -24,6 +24,7 @@ from benchmarks.common import (
     builtin_text,
     pin,
     pooled_stream,
+    refuse_unknown,
     take_turns,
 )
 from photon.config import NodeConfig
@@ -46,6 +47,7 @@ def main(
     out: Out = RESULTS,
 ) -> None:
     """Tokens per CPU second of Photon's Trainer over a nanoGPT-style loop, one thread, AdamW."""
+    refuse_unknown("--sizes", sizes, SIZES)
     pin()
     report = Report("bare_loop", out)
     stream = pooled_stream(builtin_text(data_dir), LENGTH, seed=1)

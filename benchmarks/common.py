@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -32,6 +32,7 @@ from photon.data.stream import Stream
 from photon.display import RunView
 from photon.events import Event, NodeProgress
 from photon.node.device import WorkerPlan, available_cores, configure_process
+from photon.options import hint
 from photon.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +113,13 @@ def command() -> str:
     """How to run this again."""
     module = Path(sys.argv[0]).stem
     return shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]).replace(f"{ROOT}/", "")
+
+
+def refuse_unknown(option: str, names: Sequence[str] | None, known: Collection[str]) -> None:
+    """Before anything is measured. Raises BadParameter for a name that is not known."""
+    for name in names or []:
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name}: {hint(name, known)}")
 
 
 def pin(threads: int = 1, device: str = "cpu") -> None:

@@ -29,6 +29,7 @@ from benchmarks.common import (
     cpu_seconds,
     pin,
     pooled_stream,
+    refuse_unknown,
     stored,
     take_turns,
 )
@@ -81,10 +82,8 @@ def main(
     out: Out = RESULTS,
 ) -> None:
     """Held-out bits per byte of candidate demo models after equal CPU time."""
+    refuse_unknown("--only", only, CANDIDATES)
     pin()
-    unknown = set(only or []) - CANDIDATES.keys()
-    if unknown:
-        raise typer.BadParameter(f"no candidate {sorted(unknown)}; there are: {', '.join(CANDIDATES)}")
     report = Report("demo_architecture", out)
     budget = {"CPU budget s": cpu_budget_s, "seed": seed}
     done = [row for row in stored(report.name, out) if budget.items() <= row.items()]

@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.bare import SmallGPT, adamw, random_windows, train_bare
-from benchmarks.common import RESULTS, Out, Report, Spread, pin
+from benchmarks.common import RESULTS, Out, Report, Spread, pin, refuse_unknown
 from photon.config import ModelConfig, NodeConfig
 from photon.model.base import LanguageModel
 from photon.model.build import build_model
@@ -60,6 +60,7 @@ def main(
     out: Out = RESULTS,
 ) -> None:
     """Tokens per second and MFU of the Trainer and of bare loops on one CUDA device."""
+    refuse_unknown("--shapes", shapes, SHAPES)
     where = torch.device(device)
     pin(device=device)
     report = Report("gpu", out)

@@ -18,7 +18,9 @@ from typing import Annotated
 import typer
 
 from benchmarks.common import RESULTS, ROOT, Out, Report, Row
+from photon.compare_plan import recipe_key
 from photon.events import Evaluated
+from photon.recipe import load_recipe
 from photon.summary import Summary
 from photon.track import METRICS_FILE, read_events
 
@@ -66,8 +68,10 @@ def main(
 
 
 def _run(folder: Path, arguments: Sequence[str]) -> Summary:
-    """The summary of a finished run, trained or gone on with first if it is not."""
-    path = folder / "summary.json"
+    """The summary of a finished run, trained or gone on with if it is not. Raises BadParameter for another run."""
+    path, there = folder / "summary.json", folder / "recipe.toml"
+    if there.is_file() and recipe_key(load_recipe(there)) != recipe_key(load_recipe(arguments[0], arguments[1:])):
+        raise typer.BadParameter(f"{folder} has a run of other options; give --runs another folder, or remove that one")
     if not (path.is_file() and Summary.model_validate_json(path.read_bytes()).status == "finished"):
         photon = [sys.executable, "-m", "photon", "train"]
         begun = (folder / "run.json").is_file()

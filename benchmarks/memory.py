@@ -26,11 +26,10 @@ from photon.recipe import load_recipe
 
 MIB = 2**20
 SAMPLE_EVERY_S = 0.01
-LENGTH, VOCABULARY = 64, 4096
 # Bytes per parameter: float32 weights and gradient, AdamW's two moments in float32, the merge's int64 sums.
 MODEL_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES, MERGE_BYTES = 4, 4, 8, 8
 OPTIONS = [
-    f"data.sequence_length={LENGTH}",
+    "data.sequence_length=64",
     "data.max_bytes_per_silo=1000000",
     "node.batch_size=1",
     "node.optimizer=adamw",
@@ -61,11 +60,12 @@ def main(
     for count in nodes or [4]:
         owners = ", ".join(f'{{name="node-{index}", text=["builtin:tools"]}}' for index in range(count))
         options = [f"data.dir={json.dumps(data_dir)}", *OPTIONS, f"silo=[{owners}]", *(option or [])]
-        builtin_text(data_dir, *options)
+        prepared = builtin_text(data_dir, *options)
         empty = watch([*options, "model.layers=1", "model.width=32", "model.heads=1"])
         options += [f"model.layers={layers}", f"model.width={width}", "model.heads=8"]
         recipe = load_recipe("demo", options)
-        parameters = count_parameters(recipe.model, VOCABULARY, LENGTH).total
+        vocabulary, length = prepared.tokenizer.vocab_size, recipe.data.sequence_length
+        parameters = count_parameters(recipe.model, vocabulary, length).total
         full = watch(options)
         floor = parameters * (MODEL_BYTES + GRADIENT_BYTES + count * OPTIMIZER_BYTES + MERGE_BYTES)
         row: dict[str, object] = {"parameters": parameters, "nodes": count, "workers": len(full.workers)}

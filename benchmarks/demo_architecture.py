@@ -85,8 +85,8 @@ def main(
     refuse_unknown("--only", only, CANDIDATES)
     pin()
     report = Report("demo_architecture", out)
-    budget = {"CPU budget s": cpu_budget_s, "seed": seed}
-    done = [row for row in stored(report.name, out) if budget.items() <= row.items()]
+    budget = {"CPU budget s": cpu_budget_s, "seed": seed, "held-out sequences": sequences}
+    done = [row for row in stored(report.name, out) if budget.items() <= ({"held-out sequences": 64} | row).items()]
     finished = {str(row["candidate"]) for row in done}
     wanted = [name for name in only or CANDIDATES if name not in finished]
     for name in wanted:

@@ -36,7 +36,8 @@ from photon.options import hint
 from photon.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+_RESULTS = "benchmarks/results"
+RESULTS = ROOT / _RESULTS
 
 Row = Mapping[str, object]
 Out = Annotated[Path, typer.Option(help="Folder of the JSON lines; a run appends to its benchmark's file.")]
@@ -100,11 +101,11 @@ def machine() -> dict[str, object]:
 
 
 def revision() -> dict[str, object]:
-    """The commit, whether anything in the tree differs from it, and the date (UTC)."""
+    """The commit, whether what is measured or what measures differs from it, and the date (UTC)."""
     commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = bool(_git("status", "--porcelain", "--untracked-files=no", "--", "src"))
+    changed = [part for part in ("src", "benchmarks") if _git("status", "--porcelain", "--", part, f":!{_RESULTS}")]
     return {
-        "commit": (commit or "unknown") + (" with changes in src" if changed else ""),
+        "commit": (commit or "unknown") + (f" with changes in {' and '.join(changed)}" if changed else ""),
         "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
     }
 

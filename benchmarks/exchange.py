@@ -206,7 +206,11 @@ def _plain_turn(port: int, folder: Path, base: Path) -> float:
     began = time.monotonic()
     plain_copy.get(port, base.name, folder / "plain-down")
     plain_copy.put(port, "plain-up", base)
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    for copy in (folder / "plain-down", folder / "plain-up.received"):
+        assert copy.stat().st_size == base.stat().st_size
+        copy.unlink()  # both sides write new files: one written over is begun to be flushed when it is closed
+    return seconds
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def round_trip(folder: Path, size: int) -> tuple[float, float, int]:
     secret.write_bytes(os.urandom(32))
     command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
     command += ["--superexec-auth-secret-file", str(secret)]
-    program = Path(os.environ.get("VIRTUAL_ENV", ".venv")) / "bin" / command[0]
+    program = Path(sys.executable).with_name(command[0])
     with (folder / "superlink.log").open("wb") as log:
         environment = flower.flower_environment(os.environ, folder / "home")
         superlink = subprocess.Popen([str(program), *command[1:]], env=environment, stdout=log, stderr=log)

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report
+from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report, builtin_text
 
 _OPTIONS = (
     "model.layers=2 model.width=32 model.heads=2 node.batch_size=1 node.micro_batch_size=1 federation.tau=1 "
@@ -33,6 +33,7 @@ def main(
 ) -> None:
     """Median seconds of a round of the demo's four owners beyond training, on the local and on the flower fabric."""
     report = Report("site_rounds", out)
+    builtin_text(data_dir, *_OPTIONS.split())  # else the first command's seconds would have it
     for fabric in ("local", "flower"):
         folder = Path(tempfile.mkdtemp(prefix="photon-rounds-"))
         try:

@@ -26,6 +26,7 @@ from photon.recipe import load_recipe
 
 MIB = 2**20
 SAMPLE_EVERY_S = 0.01
+STOP_WITHIN_S = 60.0
 # Bytes per parameter: float32 weights and gradient, AdamW's two moments in float32, the merge's int64 sums.
 MODEL_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES, MERGE_BYTES = 4, 4, 8, 8
 OPTIONS = [
@@ -103,9 +104,13 @@ def watch(options: list[str]) -> Peaks:
         with log.open("wb") as output:
             run = subprocess.Popen([*command, "--run", f"{folder}/run"], stdout=output, stderr=output)
             peaks = Peaks()
-            while run.poll() is None:
-                sample(psutil.Process(run.pid), peaks)
-                time.sleep(SAMPLE_EVERY_S)
+            try:
+                while run.poll() is None:
+                    sample(psutil.Process(run.pid), peaks)
+                    time.sleep(SAMPLE_EVERY_S)
+            finally:
+                run.terminate()  # as Ctrl-C does, and before its folder goes; nothing to one that is over
+                run.wait(STOP_WITHIN_S)
         if run.returncode:
             raise RuntimeError(f"the run failed:\n{log.read_text(errors='replace')[-2000:]}")
     return peaks

@@ -22,7 +22,8 @@ from benchmarks.common import DATA_DIR, RESULTS, DataDir, Out, Report, builtin_t
 
 _OPTIONS = (
     "model.layers=2 model.width=32 model.heads=2 node.batch_size=1 node.micro_batch_size=1 federation.tau=1 "
-    "evaluation.every=1000 evaluation.sequences=4 evaluation.sample_tokens=0 data.sequence_length=64"
+    "node.warmup_steps=0 evaluation.every=1000 evaluation.sequences=4 evaluation.sample_tokens=0 "
+    "data.sequence_length=64"
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks import site_rounds
+from photon.recipe import load_recipe
 
 
 def test_tokens_are_made_before_the_first_command(tmp_path: Path) -> None:
@@ -18,3 +19,8 @@ def test_tokens_are_made_before_the_first_command(tmp_path: Path) -> None:
     ):
         site_rounds.main(1, "data", tmp_path)
     assert done == ["tokens", "command", "command"]
+
+
+def test_one_round_can_be_measured() -> None:
+    recipe = load_recipe("demo", ["federation.rounds=3", *site_rounds._OPTIONS.split()])
+    assert recipe.total_steps == 3

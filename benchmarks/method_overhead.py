@@ -74,6 +74,10 @@ def main(
     report.show("CPU time of a local step over FedAvg's, median [quartiles] of the turns")
 
 
+class NoTurnError(Exception):
+    """A run has no turn any more. Not an OSError, as TimeoutError is: of a display that means a closed terminal."""
+
+
 class Turns:
     """Lets the run go on that has made the fewest steps, and no other."""
 
@@ -81,20 +85,29 @@ class Turns:
         self._changed = threading.Condition()
         self._steps = [0.0] * runs
         self._next = 0
+        self._is_over = False
 
     def wait(self, run: int) -> None:
-        """Until it is the turn of `run`. Raises TimeoutError."""
+        """Until it is the turn of `run`. Raises NoTurnError, if it does not come or there are no more."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._next == run, _TURN_S):
-                raise TimeoutError(f"run {self._next} did not end its turn in {_TURN_S:.0f} s")
+            if not self._changed.wait_for(lambda: self._is_over or self._next == run, _TURN_S):
+                raise NoTurnError(f"run {self._next} did not end its turn in {_TURN_S:.0f} s")
+            if self._is_over:
+                raise NoTurnError("the measurement was stopped")
 
     def end(self, run: int, steps: float) -> bool:
-        """The run has made `steps` in all (infinity: it is over). Whether another one's turn comes now."""
+        """The run has made `steps` in all (infinity: it is over). Whether it has to wait for its next turn."""
         with self._changed:
             self._steps[run] = steps
             self._next = self._steps.index(min(self._steps))
             self._changed.notify_all()
-            return self._next != run
+            return self._is_over or self._next != run
+
+    def stop(self) -> None:
+        """No run has another turn."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
 
 @dataclass
@@ -153,7 +166,10 @@ def measure(recipes: Sequence[Recipe]) -> list[list[Turn]]:
     """The turns of each, all in one process, after the first."""
     turns = Turns(len(recipes))
     with ThreadPoolExecutor(len(recipes)) as pool:
-        return [turn[1:] for turn in pool.map(lambda run: _run(recipes[run], turns, run), range(len(recipes)))]
+        try:
+            return [turn[1:] for turn in pool.map(lambda run: _run(recipes[run], turns, run), range(len(recipes)))]
+        finally:
+            turns.stop()  # on Ctrl-C, or when one fails, the others end with the round at hand
 
 
 def _run(recipe: Recipe, turns: Turns, run: int) -> list[Turn]:

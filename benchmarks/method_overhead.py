@@ -5,10 +5,12 @@ method runs beside a FedAvg of its own, round by round in turn: while one makes 
 whatever slows this machine down slows both. The first turn warms up and is not counted. A step's CPU time is that of
 the Aggregator and its workers, divided by the local steps of that turn; the ratio is taken turn by turn.
 
-What shared state must move is allowed for: what FedAvg's step costs outside of training (the Aggregator's CPU time,
-and the nodes' to receive, encode and save), times the bytes that the method moves more of. A method that begins a
-round with an inner optimizer of its own, or corrects gradients, pays for that here too. The row of `fedavg` beside
-itself tells how far two equal runs are apart; the second of a pair has measured up to 3 % less.
+What more state must move is allowed for: what FedAvg's step costs outside of training (the Aggregator's CPU time,
+and the nodes' to receive, encode and save) for each byte that it moves, times the bytes that the method moves more of:
+over the Link both ways, and of a node's own state to its disk and back. Fewer of one are not set against more of the
+other. A method that begins a round with an inner optimizer of its own, or corrects gradients, pays for that here too.
+The row of `fedavg` beside itself tells how far two equal runs are apart; the second of a pair has measured up to 3 %
+less.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Literal
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 import typer
@@ -112,12 +114,14 @@ class Turns:
 
 @dataclass
 class Turn:
-    """What the rounds of a turn cost: CPU seconds, of these outside of training; local steps, bytes both ways."""
+    """What the rounds of a turn cost: CPU seconds, of these outside of training; local steps; bytes over the Link both
+    ways, and of nodes' own state to their disks and back."""
 
     cpu_s: float = 0.0
     moving_s: float = 0.0
     steps: int = 0
     link_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def cpu_s_per_step(self) -> float:
@@ -127,10 +131,10 @@ class Turn:
 class Watch(Quiet):
     """Ends the run's turn when a round has brought it to the front, and keeps what each turn has cost."""
 
-    def __init__(self, turns: Turns, run: int) -> None:
+    def __init__(self, turns: Turns, run: int, folder: RunFolder) -> None:
         super().__init__()
         self.done: list[Turn] = []
-        self._turns, self._run = turns, run
+        self._turns, self._run, self._folder = turns, run, folder
         self._steps = 0
         self._begin()
 
@@ -143,6 +147,7 @@ class Watch(Quiet):
         self._turn.steps += sum(node.steps for node in nodes)
         self._turn.moving_s += sum(node.receive_s + node.encode_s + node.save_s for node in nodes)
         self._turn.link_bytes += event.round_bytes_up + event.round_bytes_down
+        self._turn.state_bytes += 2 * sum(_state_bytes(self._folder.node(name)) for name in event.nodes)
         self._steps += sum(node.steps for node in nodes)
         ended_s, own_ended_s = _cpu_seconds(), time.process_time()
         if self._turns.end(self._run, self._steps):
@@ -154,6 +159,12 @@ class Watch(Quiet):
 
     def _begin(self) -> None:
         self._turn, self._began_s, self._own_began_s = Turn(), _cpu_seconds(), time.process_time()
+
+
+def _state_bytes(node: Path) -> int:
+    """Of the newest state that a node has committed."""
+    newest = max(folder for folder in (node / "state").iterdir() if folder.name.isdecimal())
+    return sum(file.stat().st_size for file in newest.iterdir())
 
 
 def _cpu_seconds() -> float:
@@ -176,7 +187,8 @@ def _run(recipe: Recipe, turns: Turns, run: int) -> list[Turn]:
     try:
         turns.wait(run)
         with tempfile.TemporaryDirectory(prefix="photon-benchmark-") as temporary:
-            train(recipe, RunFolder(Path(temporary)), watch := Watch(turns, run))
+            folder = RunFolder(Path(temporary))
+            train(recipe, folder, watch := Watch(turns, run, folder))
         return watch.done
     finally:
         turns.end(run, math.inf)
@@ -186,12 +198,14 @@ def row(name: str, fedavg: list[Turn], ours: list[Turn]) -> Row:
     """A method beside the FedAvg that it took turns with."""
     both = min(len(fedavg), len(ours))
     ratio = Spread.of_ratio([t.cpu_s_per_step for t in ours[:both]], [t.cpu_s_per_step for t in fedavg[:both]])
-    moved = _link_bytes_per_step(ours) / _link_bytes_per_step(fedavg)
-    allowed = max(0.0, moved - 1) * median(turn.moving_s / turn.cpu_s for turn in fedavg)
+    link, kept = _per_step(fedavg, "link_bytes"), _per_step(fedavg, "state_bytes")
+    more = max(0.0, _per_step(ours, "link_bytes") - link) + max(0.0, _per_step(ours, "state_bytes") - kept)
+    allowed = more / (link + kept) * median(turn.moving_s / turn.cpu_s for turn in fedavg)
     return {
         "method": name,
         "step / FedAvg's": str(ratio),
-        "bytes of a step / FedAvg's": moved,
+        "bytes of a step / FedAvg's": _per_step(ours, "link_bytes") / link,
+        "of own state / FedAvg's": _per_step(ours, "state_bytes") / kept,
         "allowed for bytes": allowed,
         "beyond that": ratio.median - 1 - allowed,
         "ms a step": 1e3 * median(turn.cpu_s_per_step for turn in ours),
@@ -200,8 +214,8 @@ def row(name: str, fedavg: list[Turn], ours: list[Turn]) -> Row:
     }
 
 
-def _link_bytes_per_step(turns: list[Turn]) -> float:
-    return sum(turn.link_bytes for turn in turns) / sum(turn.steps for turn in turns)
+def _per_step(turns: list[Turn], field: Literal["link_bytes", "state_bytes"]) -> float:
+    return float(sum(getattr(turn, field) for turn in turns)) / sum(turn.steps for turn in turns)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import pytest
-from benchmarks.method_overhead import NoTurnError, Turn, Turns
+from benchmarks.method_overhead import NoTurnError, Turn, Turns, _state_bytes, row
 
 from benchmarks import method_overhead
 from photon.events import Event, RoundDone
@@ -54,3 +55,19 @@ def test_a_display_that_raises_it_is_not_taken_for_a_closed_terminal() -> None:
     turns.stop()
     with Tracker([], [display]) as tracker, pytest.raises(NoTurnError):
         tracker.write(mock.Mock(spec=RoundDone))
+
+
+def test_more_state_is_allowed_for_and_fewer_bytes_over_the_link_are_not_set_against_it() -> None:
+    fedavg = [Turn(cpu_s=10.0, moving_s=2.0, steps=10, link_bytes=100, state_bytes=300)] * 2
+    ours = [Turn(cpu_s=12.0, moving_s=3.0, steps=10, link_bytes=50, state_bytes=500)] * 2
+    found = row("streaming", fedavg, ours)
+    assert found["allowed for bytes"] == pytest.approx(200 / 400 * 0.2)  # netted it would be 150 / 400
+    assert found["beyond that"] == pytest.approx(0.2 - 0.1)
+    assert row("fedavg", fedavg, fedavg)["allowed for bytes"] == 0
+
+
+def test_the_newest_state_is_counted(tmp_path: Path) -> None:
+    for number, size in (("000003", 7), ("000012", 5), ("set-aside-000099", 1)):
+        (tmp_path / "state" / number).mkdir(parents=True)
+        (tmp_path / "state" / number / "optimizer").write_bytes(b"x" * size)
+    assert _state_bytes(tmp_path) == 5

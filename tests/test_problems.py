@@ -38,8 +38,8 @@ def complaints(text: str, *overrides: str) -> list[str]:
         ),
         ("[nodes]\nlr = 1", "there is no section `nodes`; did you mean [node]?"),
         ("[[silos]]\nname = 'x'", "there is no section `silos`; did you mean [[silo]]?"),
-        ("[node]\nlr = 'x'", '[node] lr = "x": must be a number >= 0 (peak learning rate (AdamW/SGD part))'),
-        ("[node]\nlr = nan", "[node] lr = nan: must be a number >= 0 (peak learning rate (AdamW/SGD part))"),
+        ("[node]\nlr = 'x'", '[node] lr = "x": must be a number from 0 to 1e+06 (peak learning rate (AdamW/SGD part))'),
+        ("[node]\nlr = nan", "[node] lr = nan: must be a number from 0 to 1e+06 (peak learning rate (AdamW/SGD part))"),
         ("[federation]\ntau = 0", f"[federation] tau = 0: {INTEGER} (local steps between exchanges)"),
         ("[federation]\ntau = 2.0", f"[federation] tau = 2.0: {INTEGER} (local steps between exchanges)"),
         (
@@ -100,7 +100,7 @@ def test_mistakes_of_the_whole(text: str, expected: str) -> None:
     ("override", "expected"),
     [
         ("federation.tau=0", f"{INTEGER} (local steps between exchanges)"),
-        ("node.lr=fast", "must be a number >= 0 (peak learning rate (AdamW/SGD part))"),
+        ("node.lr=fast", "must be a number from 0 to 1e+06 (peak learning rate (AdamW/SGD part))"),
         ("node.betas=[1,2]", "must be a list of 2 numbers, each >= 0 and < 1.0 (AdamW's betas)"),
         ("node.betas=[1,2", "the value is not valid TOML: Unclosed array"),
         ("node.batchsize=4", "[node] has no option `batchsize`; did you mean `batch_size`?"),

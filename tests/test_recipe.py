@@ -67,7 +67,7 @@ def tables(draw: st.DrawFn) -> dict[str, Any]:
         "node": st.fixed_dictionaries(
             {},
             optional={
-                "lr": rates | st.integers(0, 2**60),
+                "lr": rates | st.integers(0, 10**6),
                 "betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
                 "micro_batch_size": counts | st.just("auto"),
                 "device": st.sampled_from(["auto", "cuda:12", "mps"]),

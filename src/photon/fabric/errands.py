@@ -241,7 +241,7 @@ class Errands:
         say(f"round {job.task.round}: {type(error).__name__}: {error}")
         with self._changed:
             self._coming = None
-        self._leave_early(job)
+            self._leave_early(job)
         return failure_reply(Sealed(job.head, b""), job.task.node, public_reason(type(error).__name__))
 
     def _leave_early(self, job: Job) -> None:
